@@ -1,0 +1,136 @@
+"""Frozen, typed configuration: YAML says what differs, `key.sub=value` overrides, unknown keys fail."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+
+class Config(BaseModel):
+    """Base of every configuration: immutable, unknown keys refused, defaults validated too."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+    def dump(self) -> dict[str, Any]:
+        """Plain data that `model_validate` takes back."""
+        return self.model_dump(mode="json")
+
+    def with_overrides(self, overrides: Sequence[str]) -> Self:
+        """A copy changed by `key.sub=value` strings."""
+        return build(type(self), self.dump(), overrides)
+
+
+C = TypeVar("C", bound=Config)
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message says what was given and what is allowed."""
+
+
+def load(kind: type[C], path: Path, overrides: Sequence[str] = ()) -> C:
+    """Read a YAML file into a typed configuration.
+
+    Raises:
+        ConfigError: if the file is missing, is not a mapping, or does not fit the type.
+    """
+    if not path.is_file():
+        raise ConfigError(f"no configuration file at {path}")
+    try:
+        data = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path} must hold a mapping of keys, got {type(data).__name__}")
+    return build(kind, data, overrides, source=str(path))
+
+
+def build(
+    kind: type[C], data: Mapping[str, Any], overrides: Sequence[str] = (), *, source: str = ""
+) -> C:
+    """Validate plain data, after dotted overrides, and explain what does not fit.
+
+    Raises:
+        ConfigError: one line for each problem, with the allowed keys where a key is unknown.
+    """
+    merged = json.loads(json.dumps(dict(data)))
+    for override in overrides:
+        _set(merged, override)
+    try:
+        return kind.model_validate(merged)
+    except ValidationError as error:
+        lines = [_explain(kind, item) for item in error.errors()]
+        where = f" in {source}" if source else ""
+        raise ConfigError(f"configuration{where}: " + "; ".join(lines)) from None
+
+
+def digest(value: Any) -> str:
+    """Sixteen hexadecimal digits that change whenever the plain data does."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _set(data: dict[str, Any], override: str) -> None:
+    key, found, text = override.partition("=")
+    if not found or not key:
+        raise ConfigError(f"an override is key.sub=value, got {override!r}")
+    *parents, last = key.split(".")
+    here: Any = data
+    for depth, part in enumerate(parents):
+        if isinstance(here, list):
+            here = _item(here, part, key)
+            continue
+        if here.get(part) is None:
+            here[part] = {}
+        here = here[part]
+        if not isinstance(here, dict | list):
+            raise ConfigError(f"{'.'.join(parents[: depth + 1])} is a value, so {key} cannot be set")
+    value = yaml.safe_load(text)
+    if isinstance(here, list):
+        _item(here, last, key)
+        here[int(last)] = value
+    else:
+        here[last] = value
+
+
+def _item(items: list[Any], part: str, key: str) -> Any:
+    if not part.isdigit() or int(part) >= len(items):
+        raise ConfigError(f"{key}: {part!r} is not an index into a list of {len(items)}")
+    return items[int(part)]
+
+
+def _explain(kind: type[BaseModel], item: Any) -> str:
+    place = ".".join(str(part) for part in item["loc"]) or "value"
+    if item["type"] == "extra_forbidden":
+        allowed = _allowed(kind, item["loc"][:-1])
+        known = f"; allowed: {', '.join(allowed)}" if allowed else ""
+        return f"unknown key {place!r}{known}"
+    given = item.get("input")
+    shown = "" if isinstance(given, dict) else f", got {given!r}"
+    return f"{place}: {item['msg']}{shown}"
+
+
+def _allowed(kind: type[BaseModel], path: Sequence[Any]) -> list[str]:
+    """The fields of the nested model that an error path points into."""
+    here: Any = kind
+    for part in path:
+        if isinstance(part, int):
+            continue
+        field = getattr(here, "model_fields", {}).get(part)
+        if field is None:
+            return []
+        here = _model_in(field.annotation)
+    return sorted(getattr(here, "model_fields", {}))
+
+
+def _model_in(annotation: Any) -> Any:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for inner in getattr(annotation, "__args__", ()):
+        found = _model_in(inner)
+        if found is not None:
+            return found
+    return None

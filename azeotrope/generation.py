@@ -1,0 +1,174 @@
+"""Batched sampling with a key-value cache: the reference path every engine is compared with.
+
+Each row has random numbers of its own, drawn from its seed, so what a row samples does not
+depend on the rows beside it.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from pydantic import Field
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from azeotrope.config import Config
+
+AdjustLogits = Callable[[Tensor, list[list[int]]], Tensor]
+"""(logits of shape [rows, vocab], the completion so far of each row) -> logits, same shape."""
+
+
+class Sampling(Config):
+    """How completions are drawn."""
+
+    temperature: float = Field(1.0, ge=0.0, description="0 takes the most likely token")
+    top_p: float = Field(1.0, gt=0.0, le=1.0, description="nucleus: least mass kept")
+    max_new_tokens: int = Field(96, ge=1)
+
+    @property
+    def label(self) -> str:
+        """The name result tables use: `greedy` or `sampled@T`."""
+        return "greedy" if self.temperature == 0 else f"sampled@{self.temperature:g}"
+
+
+@dataclass(frozen=True)
+class Completion:
+    """Token ids written after one prompt, the end-of-sequence token included if it came."""
+
+    ids: tuple[int, ...]
+    finished: bool
+
+
+@torch.inference_mode()
+def generate(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    *,
+    eos_id: int,
+    pad_id: int,
+    seeds: Sequence[int] | None = None,
+    adjust_logits: AdjustLogits | None = None,
+) -> list[Completion]:
+    """Complete every prompt, all rows in one batch; finished rows leave the batch.
+
+    Args:
+        seeds: one integer a row; needed when temperature > 0.
+        adjust_logits: a decoding defense, applied before temperature.
+
+    Returns:
+        One completion a prompt, in order.
+
+    Raises:
+        ValueError: if a prompt is empty, if seeds are missing, or if prompt and completion
+            together do not fit the model's context.
+    """
+    _check(model, prompts, sampling, seeds)
+    rows = len(prompts)
+    if rows == 0:
+        return []
+    written: list[list[int]] = [[] for _ in range(rows)]
+    finished = [False] * rows
+    uniforms = None if sampling.temperature == 0 else _uniforms(seeds or (), sampling)
+    input_ids, attention = _pad_left(prompts, pad_id, model.device)
+    positions = (attention.cumsum(1) - 1).clamp(min=0)
+    active = list(range(rows))
+    cache = DynamicCache(config=model.config)
+    for step in range(sampling.max_new_tokens):
+        output = model(
+            input_ids=input_ids,
+            attention_mask=attention,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        logits = output.logits[:, -1].float()
+        if adjust_logits is not None:
+            logits = adjust_logits(logits, [written[row] for row in active])
+        draws = None if uniforms is None else uniforms[active, step].to(logits.device)
+        tokens = _choose(logits, sampling, draws).tolist()
+        keep: list[int] = []
+        for index, (row, token) in enumerate(zip(active, tokens, strict=True)):
+            written[row].append(token)
+            finished[row] = token == eos_id
+            if not finished[row]:
+                keep.append(index)
+        if not keep:
+            break
+        if len(keep) < len(active):
+            kept = torch.tensor(keep, device=model.device)
+            cache.batch_select_indices(kept)
+            attention, positions = attention[kept], positions[kept]
+            active = [active[index] for index in keep]
+        input_ids = torch.tensor([[written[row][-1]] for row in active], device=model.device)
+        attention = torch.cat([attention, attention.new_ones(len(active), 1)], dim=1)
+        positions = positions[:, -1:] + 1
+    return [Completion(tuple(ids), done) for ids, done in zip(written, finished, strict=True)]
+
+
+def _check(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    seeds: Sequence[int] | None,
+) -> None:
+    if sampling.temperature > 0 and (seeds is None or len(seeds) != len(prompts)):
+        given = "none" if seeds is None else str(len(seeds))
+        raise ValueError(f"sampling needs one seed a prompt, got {given} for {len(prompts)}")
+    longest = max((len(prompt) for prompt in prompts), default=1)
+    if any(len(prompt) == 0 for prompt in prompts):
+        raise ValueError("a prompt has no tokens; every prompt needs at least one")
+    context = int(getattr(model.config, "max_position_embeddings", 1 << 30))
+    if longest + sampling.max_new_tokens > context:
+        raise ValueError(
+            f"a prompt of {longest} tokens and max_new_tokens={sampling.max_new_tokens} exceed "
+            f"the model's context of {context}; lower max_new_tokens or shorten the prompt"
+        )
+
+
+def _uniforms(seeds: Sequence[int], sampling: Sampling) -> Float[Tensor, "rows steps"]:
+    draws = [
+        torch.rand(
+            sampling.max_new_tokens,
+            dtype=torch.float64,
+            generator=torch.Generator().manual_seed(seed),
+        )
+        for seed in seeds
+    ]
+    return torch.stack(draws)
+
+
+def _pad_left(
+    prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device
+) -> tuple[Int[Tensor, "rows width"], Int[Tensor, "rows width"]]:
+    width = max(len(prompt) for prompt in prompts)
+    input_ids = torch.full((len(prompts), width), pad_id, dtype=torch.long)
+    attention = torch.zeros_like(input_ids)
+    for row, prompt in enumerate(prompts):
+        input_ids[row, width - len(prompt) :] = torch.tensor(list(prompt))
+        attention[row, width - len(prompt) :] = 1
+    return input_ids.to(device), attention.to(device)
+
+
+def _choose(
+    logits: Float[Tensor, "rows vocab"],
+    sampling: Sampling,
+    draws: Float[Tensor, " rows"] | None,
+) -> Int[Tensor, " rows"]:
+    if draws is None:
+        return logits.argmax(-1)
+    probabilities = torch.softmax(logits.double() / sampling.temperature, dim=-1)
+    if sampling.top_p < 1.0:
+        ordered, order = probabilities.sort(dim=-1, descending=True)
+        # A token stays if the mass before it is below top_p, so the first one always stays.
+        outside = ordered.cumsum(-1) - ordered >= sampling.top_p
+        probabilities = torch.zeros_like(probabilities).scatter(
+            -1, order, ordered.masked_fill(outside, 0.0)
+        )
+    cumulative = probabilities.cumsum(-1)
+    goals = (draws * cumulative[:, -1]).unsqueeze(-1)
+    return torch.searchsorted(cumulative, goals, right=True).squeeze(-1).clamp(
+        max=logits.shape[-1] - 1
+    )

@@ -1,0 +1,151 @@
+"""Load, untie and save models as plain Hugging Face checkpoints: safetensors, no remote code."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+POCKET = Path(__file__).parent / "pocket" / "weights"
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model and the tokenizer that belongs to it."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+
+def resolve(name: str) -> str:
+    """The folder or hub name behind a model's name; `pocket/NAME` is a checkpoint shipped here.
+
+    Raises:
+        FileNotFoundError: if a pocket model or a folder does not exist, or holds no checkpoint.
+    """
+    if name.startswith("pocket/"):
+        folder = POCKET / name.removeprefix("pocket/")
+        if not (folder / "config.json").is_file():
+            known = sorted(path.parent.name for path in POCKET.glob("*/config.json"))
+            raise FileNotFoundError(
+                f"no pocket model {name!r}; there are {', '.join('pocket/' + k for k in known)}"
+            )
+        return str(folder)
+    path = Path(name).expanduser()
+    if name.startswith((".", "/", "~")) or path.exists():
+        if not (path / "config.json").is_file():
+            raise FileNotFoundError(
+                f"no checkpoint at {name}: expected a folder with config.json and safetensors; "
+                "give a folder that save_pretrained wrote, a hub name, or pocket/NAME"
+            )
+        return str(path)
+    return name
+
+
+def fingerprint(name: str) -> str:
+    """A hash of the checkpoint's files, so that a stage knows when a model has changed.
+
+    A hub name is its own fingerprint: nothing is downloaded to compute it.
+    """
+    place = Path(resolve(name))
+    if not place.is_dir():
+        return name
+    digest = hashlib.sha256()
+    for path in sorted(place.iterdir()):
+        if path.suffix in {".safetensors", ".json", ".jinja", ".model"} and path.name not in {
+            "training.json"
+        }:
+            digest.update(path.name.encode())
+            with path.open("rb") as file:
+                while chunk := file.read(1 << 20):
+                    digest.update(chunk)
+    return digest.hexdigest()[:16]
+
+
+def default_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def load(
+    name: str, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+) -> Loaded:
+    """A causal language model and its tokenizer, ready for inference.
+
+    Args:
+        dtype: float32 on a CPU and bfloat16 on a GPU unless given.
+
+    Raises:
+        FileNotFoundError: if the checkpoint is missing.
+    """
+    place = resolve(name)
+    device = torch.device(device) if device is not None else default_device()
+    if dtype is None:
+        dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    tokenizer = load_tokenizer(name)
+    model = AutoModelForCausalLM.from_pretrained(place, dtype=dtype, use_safetensors=True)
+    model.to(device).eval()
+    return Loaded(model, tokenizer)
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    tokenizer = AutoTokenizer.from_pretrained(resolve(name))
+    if tokenizer.pad_token_id is None:
+        # Padding is masked by position, never by token id, so sharing the id with eos is safe.
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def context_length(name: str) -> int:
+    """The greatest number of positions the model was made for."""
+    config = AutoConfig.from_pretrained(resolve(name))
+    return int(getattr(config, "max_position_embeddings", 1 << 30))
+
+
+def head_of(model: PreTrainedModel) -> nn.Linear:
+    """The output head, the only part that head defenses change."""
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Linear):
+        raise ValueError(
+            f"{type(model).__name__} has an output head of type {type(head).__name__}; "
+            "head defenses need a plain linear layer, so dequantise the model first"
+        )
+    return head
+
+
+def is_tied(model: PreTrainedModel) -> bool:
+    embedding = model.get_input_embeddings()
+    return head_of(model).weight.data_ptr() == embedding.weight.data_ptr()  # type: ignore[union-attr]
+
+
+def untie(model: PreTrainedModel) -> None:
+    """Give the output head a weight of its own, so that changing it leaves the embedding alone."""
+    if is_tied(model):
+        head = head_of(model)
+        head.weight = nn.Parameter(head.weight.detach().clone())
+    model.config.tie_word_embeddings = False
+    # transformers drops the keys listed here when it saves.
+    if hasattr(model, "all_tied_weights_keys"):
+        model.all_tied_weights_keys = {}
+
+
+def save(loaded: Loaded, folder: Path) -> None:
+    """Write a plain checkpoint that any engine loads."""
+    folder.mkdir(parents=True, exist_ok=True)
+    loaded.model.save_pretrained(folder)
+    loaded.tokenizer.save_pretrained(folder)
+
+
+def parameter_count(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())

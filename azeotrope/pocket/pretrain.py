@@ -1,0 +1,147 @@
+"""Train the whole pocket family from scratch: `python -m azeotrope.pocket.pretrain`.
+
+Writes each member's checkpoint, tokenizer and `training.json` (seed, settings, loss curve and
+measured accuracy) to `weights/NAME`. One thread a process; members may be trained side by side
+by naming them on the command line.
+"""
+
+import argparse
+import json
+import logging
+from itertools import islice
+from pathlib import Path
+from random import Random
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from azeotrope import heads, tokens
+from azeotrope.generation import Sampling, generate
+from azeotrope.models import POCKET, Loaded, parameter_count, save
+from azeotrope.pocket import language
+from azeotrope.pocket.family import FAMILY, Member, Phase
+from azeotrope.pocket.problems import VERSION, problems
+from azeotrope.pocket.tokenizer import build as build_tokenizer
+from azeotrope.tasks.pocket import Pocket, PocketConfig
+from azeotrope.training import LogEntry, fit
+
+logger = logging.getLogger(__name__)
+HELD_OUT = 1000
+CONTEXT = 256
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("members", nargs="*", default=[member.name for member in FAMILY])
+    parser.add_argument("--output", type=Path, default=POCKET)
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    torch.set_num_threads(1)
+    known = {member.name: member for member in FAMILY}
+    unknown = set(arguments.members) - set(known)
+    if unknown:
+        parser.error(f"unknown members {sorted(unknown)}; the family is {', '.join(known)}")
+    for name in arguments.members:
+        train(known[name], arguments.output / name)
+
+
+def train(member: Member, folder: Path) -> None:
+    """Train one member, measure it on held-out problems, and write it."""
+    tokenizer = build_tokenizer(member.tokenizer)
+    torch.manual_seed(member.phases[0].fit.seed)
+    model = AutoModelForCausalLM.from_config(
+        member.config(
+            len(tokenizer), tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id
+        )
+    )
+    loaded = Loaded(model, tokenizer)
+    log: list[LogEntry] = []
+    seconds = 0.0
+    for number, phase in enumerate(member.phases):
+        data = corpus(tokenizer, phase, seed=1000 * phase.fit.seed + number + 1)
+
+        def loss(items: list[tokens.Example]) -> heads.TokenSum:
+            return heads.sequence_loss(model, tokens.collate(items, tokenizer.pad_token_id))
+
+        def report(entry: LogEntry) -> None:
+            if entry.step % 100 == 0:
+                logger.info("%s step %d loss %.3f", member.name, entry.step, entry.loss)
+
+        result = fit(list(model.parameters()), data, loss, phase.fit, on_step=report)
+        log += result.log
+        seconds += result.seconds
+    model.eval()
+    measured = {
+        "test_greedy": accuracy(loaded, "full", 0.0),
+        "test_sampled": accuracy(loaded, "full", 1.0),
+        "easy_greedy": accuracy(loaded, "easy", 0.0),
+    }
+    save(loaded, folder)
+    record = {
+        "benchmark": VERSION,
+        "member": member.name,
+        "role": member.role,
+        "parameters": parameter_count(model),
+        "phases": [phase.dump() for phase in member.phases],
+        "seconds": round(seconds, 1),
+        "held_out_problems": HELD_OUT,
+        "accuracy": measured,
+        "loss": [[entry.step, round(entry.loss, 4)] for entry in log],
+    }
+    (folder / "training.json").write_text(json.dumps(record, indent=1) + "\n")
+    logger.info("%s %s", member.name, measured)
+
+
+def corpus(tokenizer, phase: Phase, seed: int) -> list[tokens.Example]:  # noqa: ANN001
+    """Fresh problems of the train split with reasoning in the phase's notations."""
+    rng = Random(seed)
+    streams = {
+        kind: problems("train", difficulty=kind, steps=steps, seed=seed)
+        for kind, steps in (("full", (2, 4)), ("easy", (1, 4)))
+    }
+    data: list[tokens.Example] = []
+    for index in range(phase.fit.steps * phase.fit.batch_size):
+        problem = next(streams["full" if rng.random() < phase.full else "easy"])
+        notation = "words" if rng.random() < phase.words else "digits"
+        data.append(
+            tokens.encode(
+                tokenizer,
+                [{"role": "user", "content": problem.question}],
+                language.reasoning(problem, rng, notation=notation),
+                boundary=tokens.Boundary(),
+                max_length=CONTEXT,
+                id=str(index),
+            )
+        )
+    return data
+
+
+def accuracy(loaded: Loaded, difficulty: str, temperature: float) -> float:
+    """Share of right answers on the first held-out test problems."""
+    task = Pocket(PocketConfig())
+    steps = (3, 4) if difficulty == "full" else (1, 4)
+    chosen = list(islice(problems("test", difficulty=difficulty, steps=steps), HELD_OUT))  # type: ignore[arg-type]
+    sampling = Sampling(temperature=temperature, max_new_tokens=96)
+    right = 0
+    for start in range(0, HELD_OUT, 250):
+        part = chosen[start : start + 250]
+        prompts = [
+            tokens.encode_prompt(loaded.tokenizer, [{"role": "user", "content": p.question}])
+            for p in part
+        ]
+        completions = generate(
+            loaded.model,
+            prompts,
+            sampling,
+            eos_id=loaded.tokenizer.eos_token_id,  # type: ignore[arg-type]
+            pad_id=loaded.tokenizer.pad_token_id,  # type: ignore[arg-type]
+            seeds=list(range(start, start + len(part))),
+        )
+        for problem, completion in zip(part, completions, strict=True):
+            text = tokens.decode(loaded.tokenizer, completion.ids)
+            right += task.extract(text) == str(problem.answer)
+    return right / HELD_OUT
+
+
+if __name__ == "__main__":
+    main()

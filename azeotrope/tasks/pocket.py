@@ -1,0 +1,65 @@
+"""The embedded task `pocket-v1`: word problems with reasoning in tags and `#### answer`."""
+
+import re
+from collections.abc import Sequence
+from functools import lru_cache
+from itertools import islice
+from random import Random
+from typing import Literal, get_args
+
+from pydantic import Field
+
+from azeotrope.config import Config
+from azeotrope.pocket import language
+from azeotrope.pocket.problems import VERSION, Split, problems
+from azeotrope.tasks.base import Problem
+from azeotrope.tokens import Message
+
+_ANSWER = re.compile(r"####\s*(-?\d+)\s*$")
+
+
+class PocketConfig(Config):
+    name: Literal["pocket"] = "pocket"
+    slip: float = Field(
+        0.25, ge=0, le=1, description="share of wrong steps in the ground truth (cheap labels)"
+    )
+
+
+class Pocket:
+    """Problems come from an endless seeded stream; row i of a split never changes."""
+
+    name = VERSION
+    template = "pocket-chat-1"
+
+    def __init__(self, config: PocketConfig) -> None:
+        self.config = config
+
+    def problems(self, split: str, count: int, *, skip: int = 0) -> Sequence[Problem]:
+        if split not in get_args(Split):
+            raise ValueError(f"pocket has the splits {', '.join(get_args(Split))}; got {split!r}")
+        return _problems(split, count + skip, self.config.slip)[skip:]  # type: ignore[arg-type]
+
+    def messages(self, problem: Problem) -> list[Message]:
+        return [{"role": "user", "content": problem.question}]
+
+    def extract(self, completion: str) -> str | None:
+        match = _ANSWER.search(completion)
+        return match.group(1) if match else None
+
+    def check(self, completion: str, problem: Problem) -> bool:
+        return self.extract(completion) == problem.answer
+
+
+@lru_cache(maxsize=8)
+def _problems(split: Split, count: int, slip: float) -> tuple[Problem, ...]:
+    found: list[Problem] = []
+    for item in islice(problems(split), count):
+        rng = Random(f"{VERSION}:{split}:{item.row}:solution")
+        solution = language.reasoning(item, rng, slip=slip)
+        answer = str(item.answer)
+        found.append(Problem(VERSION, split, item.row, item.question, answer, solution))
+    return tuple(found)
+
+
+def build(config: PocketConfig) -> Pocket:
+    return Pocket(config)

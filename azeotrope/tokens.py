@@ -1,0 +1,243 @@
+"""From text to aligned tensors: the only place that shifts.
+
+Outside this module, index t of logits, targets and masks speaks of the same predicted token.
+Masks are found from characters: a token is *reasoning* or *answer* only if it lies wholly
+inside that span, so a token that straddles a boundary belongs to neither.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Bool, Int
+from pydantic import Field
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from azeotrope.config import Config
+
+Message = dict[str, str]
+
+
+class Boundary(Config):
+    """Where reasoning ends and the answer begins (DOGe, arXiv:2505.19504, section 3)."""
+
+    open_tag: str = Field("<think>", description="opens the reasoning; may stand in the prompt")
+    close_tag: str = Field("</think>", description="closes the reasoning")
+    answer_pattern: str = Field(
+        r"####|\\boxed|[Tt]he (?:final )?answer is:?|[Aa]nswer:",
+        description="regex for the first words of the answer, used when there are no tags",
+    )
+
+
+@dataclass(frozen=True)
+class Span:
+    """Characters [start, end) of a completion."""
+
+    start: int
+    end: int
+
+    def covers(self, start: int, end: int) -> bool:
+        return self.start <= start < end <= self.end
+
+
+@dataclass(frozen=True)
+class Example:
+    """One prompt and its completion as token ids, with a flag per completion token."""
+
+    id: str
+    prompt: tuple[int, ...]
+    completion: tuple[int, ...]
+    reasoning: tuple[bool, ...]
+    answer: tuple[bool, ...]
+
+    def __len__(self) -> int:
+        return len(self.prompt) + len(self.completion)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Aligned tensors: `targets[b, t]` is the token that `input_ids[b, :t + 1]` predicts.
+
+    Rows are padded on the right. Under causal attention a real token never sees the padding, so
+    no attention mask is needed; `mask` is False on the prompt and on the padding.
+    """
+
+    ids: tuple[str, ...]
+    input_ids: Int[Tensor, "batch time"]
+    targets: Int[Tensor, "batch time"]
+    mask: Bool[Tensor, "batch time"]
+    reasoning: Bool[Tensor, "batch time"]
+    answer: Bool[Tensor, "batch time"]
+
+    def to(self, device: torch.device | str) -> "Batch":
+        moved = {
+            name: getattr(self, name).to(device)
+            for name in ("input_ids", "targets", "mask", "reasoning", "answer")
+        }
+        return replace(self, **moved)
+
+
+def spans(text: str, boundary: Boundary) -> tuple[Span, Span]:
+    """The reasoning and the answer of a completion, as character spans; tags belong to neither.
+
+    With both tags, reasoning lies between them. With only the closing tag the opening one stood
+    in the prompt; with only the opening tag the completion was cut and has no answer. Without
+    tags the answer starts at the first match of `answer_pattern`. Where nothing matches, both
+    are empty: a defense must not act where the answer might be.
+    """
+    opened = text.find(boundary.open_tag) if boundary.open_tag else -1
+    closed = text.find(boundary.close_tag, max(opened, 0)) if boundary.close_tag else -1
+    if opened >= 0 or closed >= 0:
+        start = opened + len(boundary.open_tag) if opened >= 0 else 0
+        if closed < 0:
+            return Span(start, len(text)), Span(len(text), len(text))
+        return Span(start, closed), Span(closed + len(boundary.close_tag), len(text))
+    match = re.search(boundary.answer_pattern, text) if boundary.answer_pattern else None
+    if match is None:
+        return Span(0, 0), Span(len(text), len(text))
+    return Span(0, match.start()), Span(match.start(), len(text))
+
+
+def without_reasoning(text: str, boundary: Boundary) -> str:
+    """What is left of a completion when the provider hides its reasoning."""
+    _, answer = spans(text, boundary)
+    return text[answer.start : answer.end].strip()
+
+
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]
+) -> tuple[int, ...]:
+    """Token ids of a conversation up to where the assistant starts to write.
+
+    Raises:
+        ValueError: if the tokenizer has no chat template.
+    """
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            f"the tokenizer of {tokenizer.name_or_path!r} has no chat template; "
+            "save one with it (tokenizer.chat_template = ...)"
+        )
+    ids = tokenizer.apply_chat_template(
+        list(messages), tokenize=True, add_generation_prompt=True, return_dict=False
+    )
+    return tuple(ids)  # type: ignore[arg-type]
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    completion: str,
+    *,
+    boundary: Boundary,
+    max_length: int,
+    finished: bool = True,
+    id: str = "",
+) -> Example:
+    """A conversation and the completion to learn, tokenized apart and then joined.
+
+    Args:
+        finished: add the end-of-sequence token, which is learned like any other. False for a
+            completion that was cut, so that nobody learns to stop there.
+
+    Raises:
+        ValueError: if the whole is longer than `max_length` tokens, or nothing is left to learn.
+    """
+    prompt = encode_prompt(tokenizer, messages)
+    encoded = tokenizer(completion, add_special_tokens=False, return_offsets_mapping=True)
+    ids, offsets = list(encoded["input_ids"]), list(encoded["offset_mapping"])
+    return _example(tokenizer, prompt, ids, offsets, completion, boundary, max_length, finished, id)
+
+
+def from_ids(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Sequence[int],
+    completion: Sequence[int],
+    *,
+    boundary: Boundary,
+    max_length: int,
+    id: str = "",
+) -> Example:
+    """The same for token ids that a model wrote itself, end-of-sequence token included or not."""
+    ids = list(completion)
+    finished = bool(ids) and ids[-1] == tokenizer.eos_token_id
+    if finished:
+        ids = ids[:-1]
+    text = decode(tokenizer, ids)
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    if list(encoded["input_ids"]) == ids:
+        offsets = list(encoded["offset_mapping"])
+    else:
+        # The model wrote the text with other tokens than the tokenizer would have chosen.
+        ends = [len(decode(tokenizer, ids[: i + 1])) for i in range(len(ids))]
+        offsets = list(zip([0, *ends[:-1]], ends, strict=True))
+    return _example(
+        tokenizer, tuple(prompt), ids, offsets, text, boundary, max_length, finished, id
+    )
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """The text of a completion, special tokens left out."""
+    return tokenizer.decode(list(ids), skip_special_tokens=True)  # type: ignore[return-value]
+
+
+def _example(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: tuple[int, ...],
+    ids: list[int],
+    offsets: list[tuple[int, int]],
+    text: str,
+    boundary: Boundary,
+    max_length: int,
+    finished: bool,
+    id: str,
+) -> Example:
+    reasoning, answer = spans(text, boundary)
+    in_reasoning = [reasoning.covers(*_trim(text, start, end)) for start, end in offsets]
+    in_answer = [answer.covers(*_trim(text, start, end)) for start, end in offsets]
+    if finished:
+        ids, in_reasoning = [*ids, int(tokenizer.eos_token_id)], [*in_reasoning, False]  # type: ignore[arg-type]
+        in_answer = [*in_answer, True]
+    if not ids:
+        raise ValueError(f"trace {id!r} has an empty completion; drop it before training")
+    example = Example(id, prompt, tuple(ids), tuple(in_reasoning), tuple(in_answer))
+    if len(example) > max_length:
+        raise ValueError(
+            f"trace {id!r} has {len(prompt)} prompt and {len(ids)} completion tokens, "
+            f"{len(example)} in all, but the context holds {max_length}; "
+            "raise max_length or drop the trace"
+        )
+    return example
+
+
+def _trim(text: str, start: int, end: int) -> tuple[int, int]:
+    """Leave out the white space that many tokenizers glue to the front of a token."""
+    while start < end - 1 and text[start].isspace():
+        start += 1
+    return start, end
+
+
+def collate(examples: Sequence[Example], pad_id: int) -> Batch:
+    """Pad on the right and shift by one; the last token of a row is only ever a target."""
+    width = max(len(example) for example in examples) - 1
+    shape = (len(examples), width)
+    input_ids = torch.full(shape, pad_id, dtype=torch.long)
+    targets = torch.full(shape, pad_id, dtype=torch.long)
+    masks = {name: torch.zeros(shape, dtype=torch.bool) for name in ("all", "reasoning", "answer")}
+    for row, example in enumerate(examples):
+        ids = torch.tensor(example.prompt + example.completion)
+        first, last = len(example.prompt) - 1, len(ids) - 1
+        input_ids[row, :last] = ids[:-1]
+        targets[row, :last] = ids[1:]
+        masks["all"][row, first:last] = True
+        masks["reasoning"][row, first:last] = torch.tensor(example.reasoning)
+        masks["answer"][row, first:last] = torch.tensor(example.answer)
+    return Batch(
+        tuple(example.id for example in examples),
+        input_ids,
+        targets,
+        masks["all"],
+        masks["reasoning"],
+        masks["answer"],
+    )

@@ -1,0 +1,270 @@
+"""`fit`: one training loop for heads and for students.
+
+Losses return a sum and a count; gradients are summed over the whole accumulation window and over
+all ranks, then divided by the total count. So 4 micro-batches of 1 equal 1 batch of 4, and two
+ranks equal one. The order of samples is a function of the seed and the step alone, so a run that
+was killed and resumed ends with the same weights as one that was not.
+"""
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, NamedTuple, TypeVar
+
+import torch
+from jaxtyping import Float
+from pydantic import Field
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from azeotrope.config import Config
+
+Item = TypeVar("Item")
+STATE = "state.safetensors"
+
+
+class TokenSum(NamedTuple):
+    """A loss summed over tokens, and how many tokens are in it."""
+
+    total: Float[Tensor, ""]
+    count: int
+
+
+class NonFiniteLossError(ArithmeticError):
+    """A loss or gradient is not a number; the message names the step and the samples."""
+
+
+class FitConfig(Config):
+    """Optimisation settings. The defaults suit the pocket students."""
+
+    steps: int = Field(300, ge=1, description="optimizer steps")
+    batch_size: int = Field(16, ge=1, description="samples a step, over all ranks")
+    accumulation: int = Field(1, ge=1, description="micro-batches a step, on each rank")
+    learning_rate: float = Field(3e-3, gt=0)
+    warmup: float = Field(0.1, ge=0, lt=1, description="share of the steps with a rising rate")
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    weight_decay: float = Field(0.01, ge=0)
+    clip: float = Field(1.0, gt=0, description="greatest norm of the gradient")
+    seed: int = 0
+    checkpoint_every: int = Field(100, ge=1, description="steps between checkpoints")
+    log_every: int = Field(10, ge=1)
+
+
+@dataclass(frozen=True)
+class LogEntry:
+    """What is worth plotting of one step; `loss` is nats a token."""
+
+    step: int
+    loss: float
+    learning_rate: float
+    gradient_norm: float
+
+
+@dataclass
+class FitResult:
+    steps: int
+    tokens: int
+    seconds: float
+    log: list[LogEntry] = field(default_factory=list)
+
+
+class _Progress(NamedTuple):
+    step: int
+    tokens: int
+    seconds: float
+    log: list[LogEntry]
+
+
+def fit(
+    parameters: Sequence[nn.Parameter],
+    data: Sequence[Item],
+    loss: Callable[[list[Item]], TokenSum],
+    config: FitConfig,
+    *,
+    checkpoint: Path | None = None,
+    on_checkpoint: Callable[[int, Path], None] | None = None,
+    on_step: Callable[[LogEntry], None] | None = None,
+    identify: Callable[[Item], str] = str,
+) -> FitResult:
+    """Minimise the mean loss a token with AdamW.
+
+    Args:
+        parameters: what is trained; they are changed in place.
+        data: an indexable set of samples, repeated in a new order every epoch.
+        loss: a differentiable sum over the tokens of some samples. It may call `backward` itself
+            on parts and return a detached total, when a graph of the whole would be too large.
+        checkpoint: a folder to resume from if it holds a state, and to save the state to.
+        on_checkpoint: called after each save with the step and the folder.
+        on_step: called every `log_every` steps.
+        identify: names a sample in an error.
+
+    Raises:
+        ValueError: if there is no data, or the batch does not divide over ranks and accumulation.
+        NonFiniteLossError: at the first loss or gradient that is not finite; nothing is saved.
+    """
+    world, rank = _world()
+    parts = world * config.accumulation
+    if len(data) == 0:
+        raise ValueError("there is nothing to train on: the data set is empty")
+    if config.batch_size % parts:
+        raise ValueError(
+            f"batch_size {config.batch_size} must be a multiple of accumulation x ranks = "
+            f"{config.accumulation} x {world}"
+        )
+    optimizer = torch.optim.AdamW(
+        parameters, lr=config.learning_rate, weight_decay=config.weight_decay
+    )
+    done = _Progress(0, 0, 0.0, [])
+    if checkpoint is not None and (checkpoint / STATE).is_file():
+        done = _resume(parameters, optimizer, checkpoint)
+    result = FitResult(done.step, done.tokens, done.seconds, list(done.log))
+    started = time.perf_counter() - done.seconds
+    batches = sample_order(len(data), config.batch_size, config.seed)
+    for step in range(config.steps):
+        chosen = next(batches)
+        if step < done.step:
+            continue
+        micro = [chosen[part::parts] for part in range(rank, parts, world)]
+        total, count = torch.zeros((), dtype=torch.float64), 0
+        for indices in micro:
+            items = [data[index] for index in indices]
+            part_sum = loss(items)
+            if not torch.isfinite(part_sum.total):
+                names = ", ".join(identify(item) for item in items)
+                raise NonFiniteLossError(
+                    f"the loss is {part_sum.total.item()} at step {step} on samples {names}; "
+                    "lower the learning rate or the strength"
+                )
+            if part_sum.total.requires_grad:
+                part_sum.total.backward()
+            total += part_sum.total.detach().double().cpu()
+            count += part_sum.count
+        total, count = _sum_over_ranks(parameters, total, count, world)
+        norm = _normalise(parameters, count, config.clip, step)
+        rate = config.learning_rate * rate_at(step, config)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        result.steps, result.tokens = step + 1, result.tokens + count
+        last = result.steps == config.steps
+        if result.steps % config.log_every == 0 or last:
+            entry = LogEntry(result.steps, float(total) / max(count, 1), rate, norm)
+            result.log.append(entry)
+            if on_step is not None:
+                on_step(entry)
+        if checkpoint is not None and (result.steps % config.checkpoint_every == 0 or last):
+            result.seconds = time.perf_counter() - started
+            if rank == 0:
+                _save(parameters, optimizer, checkpoint, result)
+            if on_checkpoint is not None:
+                on_checkpoint(result.steps, checkpoint)
+    result.seconds = time.perf_counter() - started
+    return result
+
+
+def sample_order(size: int, batch_size: int, seed: int) -> Iterator[list[int]]:
+    """Endless batches of indices: a fresh permutation each epoch, a batch may span two."""
+    generator = torch.Generator().manual_seed(seed)
+    waiting: list[int] = []
+    while True:
+        while len(waiting) < batch_size:
+            waiting.extend(torch.randperm(size, generator=generator).tolist())
+        yield waiting[:batch_size]
+        waiting = waiting[batch_size:]
+
+
+def rate_at(step: int, config: FitConfig) -> float:
+    """The factor on the learning rate: a linear rise, then the schedule down to 0."""
+    warm = max(round(config.warmup * config.steps), 0)
+    if step < warm:
+        return (step + 1) / warm
+    if config.schedule == "constant":
+        return 1.0
+    share = (step - warm) / max(config.steps - warm, 1)
+    return 1.0 - share if config.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * share))
+
+
+def _normalise(
+    parameters: Sequence[nn.Parameter], count: int, clip: float, step: int
+) -> float:
+    for parameter in parameters:
+        if parameter.grad is not None:
+            parameter.grad.div_(max(count, 1))
+    norm = float(nn.utils.clip_grad_norm_(parameters, clip))
+    if not math.isfinite(norm):
+        raise NonFiniteLossError(f"the gradient is {norm} at step {step}; lower the learning rate")
+    return norm
+
+
+def _world() -> tuple[int, int]:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_world_size(), torch.distributed.get_rank()
+    return 1, 0
+
+
+def _sum_over_ranks(
+    parameters: Sequence[nn.Parameter], total: Tensor, count: int, world: int
+) -> tuple[Tensor, int]:
+    if world == 1:
+        return total, count
+    for parameter in parameters:
+        # Every rank must take part in every reduction, a rank without tokens included.
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        torch.distributed.all_reduce(parameter.grad)
+    pair = torch.tensor([float(total), float(count)], device=parameters[0].device)
+    torch.distributed.all_reduce(pair)
+    return pair[0].cpu(), int(pair[1])
+
+
+def _save(
+    parameters: Sequence[nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    folder: Path,
+    result: FitResult,
+) -> None:
+    tensors: dict[str, Tensor] = {}
+    for index, parameter in enumerate(parameters):
+        tensors[f"parameter.{index}"] = parameter.detach().contiguous()
+        for name, value in optimizer.state[parameter].items():
+            tensors[f"{name}.{index}"] = torch.as_tensor(value).contiguous()
+    described = {
+        "step": result.steps,
+        "tokens": result.tokens,
+        "seconds": result.seconds,
+        "log": [[e.step, e.loss, e.learning_rate, e.gradient_norm] for e in result.log],
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    # One file and one rename: weights, moments and step can never be of different moments.
+    temporary = folder / f"{STATE}.tmp"
+    save_file(tensors, temporary, metadata={"fit": json.dumps(described)})
+    os.replace(temporary, folder / STATE)
+
+
+def _resume(
+    parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer, folder: Path
+) -> _Progress:
+    with safe_open(folder / STATE, framework="pt") as file:
+        described = json.loads(file.metadata()["fit"])
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    for index, parameter in enumerate(parameters):
+        saved = tensors.pop(f"parameter.{index}")
+        if saved.shape != parameter.shape:
+            raise ValueError(
+                f"the state in {folder} has a parameter of shape {tuple(saved.shape)} where the "
+                f"model has {tuple(parameter.shape)}; it belongs to another model"
+            )
+        parameter.data.copy_(saved)
+    for key, value in tensors.items():
+        name, _, index = key.rpartition(".")
+        parameter = parameters[int(index)]
+        placed = value if name == "step" else value.to(parameter.device)
+        optimizer.state[parameter][name] = placed
+    log = [LogEntry(int(s), loss, rate, norm) for s, loss, rate, norm in described["log"]]
+    return _Progress(described["step"], described["tokens"], described["seconds"], log)
