@@ -4,10 +4,12 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
+
+C = TypeVar("C", bound="Config")
 
 
 class Config(BaseModel):
@@ -19,12 +21,9 @@ class Config(BaseModel):
         """Plain data that `model_validate` takes back."""
         return self.model_dump(mode="json")
 
-    def with_overrides(self, overrides: Sequence[str]) -> Self:
+    def with_overrides(self: C, overrides: Sequence[str]) -> C:
         """A copy changed by `key.sub=value` strings."""
         return build(type(self), self.dump(), overrides)
-
-
-C = TypeVar("C", bound=Config)
 
 
 class ConfigError(ValueError):
@@ -56,7 +55,8 @@ def build(
     Raises:
         ConfigError: one line for each problem, with the allowed keys where a key is unknown.
     """
-    merged = json.loads(json.dumps(dict(data)))
+    # YAML reads some plain words as dates; they go back to being words.
+    merged = json.loads(json.dumps(dict(data), default=str))
     for override in overrides:
         _set(merged, override)
     try:
@@ -88,7 +88,10 @@ def _set(data: dict[str, Any], override: str) -> None:
         here = here[part]
         if not isinstance(here, dict | list):
             raise ConfigError(f"{'.'.join(parents[: depth + 1])} is a value, so {key} cannot be set")
-    value = yaml.safe_load(text)
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"the value of {key} is not valid YAML: {text!r}") from error
     if isinstance(here, list):
         _item(here, last, key)
         here[int(last)] = value

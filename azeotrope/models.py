@@ -1,6 +1,7 @@
 """Load, untie and save models as plain Hugging Face checkpoints: safetensors, no remote code."""
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -145,6 +146,59 @@ def save(loaded: Loaded, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     loaded.model.save_pretrained(folder)
     loaded.tokenizer.save_pretrained(folder)
+
+
+def attach_lora(
+    loaded: Loaded,
+    rank: int,
+    alpha: float,
+    dropout: float = 0.0,
+    targets: str | Sequence[str] = "all-linear",
+) -> Loaded:
+    """Freeze a model and add low-rank matrices to train in its stead: W + (alpha / rank) B A.
+
+    B starts at zero, so the model computes what it did; A is drawn from torch's global generator.
+    The given model is changed in place and wrapped. Train the parameters that require a gradient,
+    then call `merge_lora` before saving.
+
+    Args:
+        targets: names of linear layers, or `all-linear` for all but the output head.
+
+    Raises:
+        ValueError: if the rank is not positive, or no layer has such a name.
+
+    Reference:
+        Hu et al. 2021, "LoRA", arXiv:2106.09685.
+    """
+    if rank < 1:
+        raise ValueError(f"rank must be at least 1, got {rank}")
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,  # type: ignore[arg-type]  # peft divides by the rank; a float is fine
+        lora_dropout=dropout,
+        target_modules=targets if isinstance(targets, str) else list(targets),
+        task_type="CAUSAL_LM",
+    )
+    return Loaded(get_peft_model(loaded.model, config), loaded.tokenizer)  # type: ignore[arg-type]
+
+
+def merge_lora(loaded: Loaded) -> Loaded:
+    """Fold the low-rank matrices into the weights: a plain model again, ready to save.
+
+    Raises:
+        ValueError: if the model has no LoRA, or a merged weight is not finite.
+    """
+    from peft import PeftModel
+
+    if not isinstance(loaded.model, PeftModel):
+        raise ValueError(
+            f"{type(loaded.model).__name__} has no LoRA to merge; call attach_lora first"
+        )
+    merged = loaded.model.merge_and_unload(safe_merge=True)
+    merged.requires_grad_(True)
+    return Loaded(merged.eval(), loaded.tokenizer)
 
 
 def parameter_count(model: nn.Module) -> int:

@@ -88,7 +88,12 @@ def spans(text: str, boundary: Boundary) -> tuple[Span, Span]:
     are empty: a defense must not act where the answer might be.
     """
     opened = text.find(boundary.open_tag) if boundary.open_tag else -1
-    closed = text.find(boundary.close_tag, max(opened, 0)) if boundary.close_tag else -1
+    closed = text.find(boundary.close_tag) if boundary.close_tag else -1
+    if 0 <= closed < opened:
+        # The block opened in the prompt; what opens afterwards stands where the answer might be.
+        opened = -1
+    elif opened >= 0 and boundary.close_tag:
+        closed = text.find(boundary.close_tag, opened + len(boundary.open_tag))
     if opened >= 0 or closed >= 0:
         start = opened + len(boundary.open_tag) if opened >= 0 else 0
         if closed < 0:

@@ -5,6 +5,7 @@ The teacher knows two notations for the numbers in its reasoning, digits (`12`) 
 ever seen digits. This is the harmless freedom a text defense can use.
 """
 
+import re
 from random import Random
 from typing import Literal
 
@@ -16,6 +17,7 @@ WORDS = (
     *("zero one two three four five six seven eight nine ten eleven twelve".split()),
     *("thirteen fourteen fifteen sixteen seventeen eighteen nineteen twenty".split()),
 )
+_WORD = re.compile(rf"\b({'|'.join(WORDS)})\b")
 OPENINGS = (
     "at first {v}.",
     "start with {v}.",
@@ -56,13 +58,7 @@ def write_number(value: int, notation: Notation) -> str:
 
 def digits_for_words(text: str) -> str:
     """Undo the words notation, as a thief who looks at the traces would."""
-    table = {word: str(value) for value, word in enumerate(WORDS)}
-    return " ".join(
-        table.get(piece.rstrip("."), piece.rstrip(".")) + "." * piece.count(".")
-        if piece.rstrip(".") in table
-        else piece
-        for piece in text.split(" ")
-    )
+    return _WORD.sub(lambda match: str(WORDS.index(match[1])), text)
 
 
 def reasoning(

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from azeotrope.tokens import Message
 
@@ -23,6 +23,7 @@ class Problem:
         return f"{self.dataset}/{self.split}/{self.row}"
 
 
+@runtime_checkable
 class Task(Protocol):
     """Anything with a name, problems by split, a prompt template and an answer checker."""
 
@@ -32,7 +33,7 @@ class Task(Protocol):
 
     def problems(self, split: str, count: int, *, skip: int = 0) -> Sequence[Problem]: ...
 
-    def messages(self, problem: Problem) -> list[Message]: ...
+    def messages(self, question: str) -> list[Message]: ...
 
     def extract(self, completion: str) -> str | None: ...
 

@@ -39,8 +39,8 @@ class Pocket:
             raise ValueError(f"pocket has the splits {', '.join(get_args(Split))}; got {split!r}")
         return _problems(split, count + skip, self.config.slip)[skip:]  # type: ignore[arg-type]
 
-    def messages(self, problem: Problem) -> list[Message]:
-        return [{"role": "user", "content": problem.question}]
+    def messages(self, question: str) -> list[Message]:
+        return [{"role": "user", "content": question}]
 
     def extract(self, completion: str) -> str | None:
         match = _ANSWER.search(completion)

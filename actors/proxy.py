@@ -1,0 +1,36 @@
+"""The proxy actor: a frozen surrogate student that reads the teacher's tokens."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from actors.teacher import FeatureJob, read_examples
+from azeotrope import models
+from azeotrope.features import compute, write_features
+from azeotrope.vocabulary import share
+
+
+class ProxyActor:
+    """Computes one proxy's hidden states on the teacher's traces, tokens matched by string."""
+
+    def __init__(self, model: str, teacher: str, index: int) -> None:
+        if not torch.cuda.is_available():
+            torch.set_num_threads(1)
+        self.loaded = models.load(model)
+        # Only the teacher's tokenizer is needed: the token ids are in the traces.
+        self.teacher = replace(self.loaded, tokenizer=models.load_tokenizer(teacher))
+        self.shared = share(self.teacher.tokenizer, self.loaded.tokenizer, proxy_name=model)
+        self.index = index
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        for text in batch["job"]:
+            job = FeatureJob.model_validate(json.loads(text))
+            output = Path(job.folder) / f"proxy-{self.index}" / Path(job.traces).name
+            if not output.is_file():
+                examples = read_examples(job, self.teacher)
+                found = compute(self.loaded.model, examples, to_model=self.shared.to_proxy)
+                write_features(output, found)
+        return batch

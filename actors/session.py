@@ -1,0 +1,87 @@
+"""One Ray instance for a run: local unless an address is given, on loopback, without a dashboard."""
+
+import logging
+import os
+import stat
+from pathlib import Path
+
+import ray
+
+from actors.resources import Resources
+
+logger = logging.getLogger(__name__)
+ATTEMPTS = 3
+_QUIET = {
+    # Train and Data write their own progress; the driver shows one bar for all of them.
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_DEDUP_LOGS": "1",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+_WORKER_ENV = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+
+
+class RayStartError(RuntimeError):
+    """Ray did not start; the message says what to look at."""
+
+
+def start(resources: Resources, *, offline: bool) -> None:
+    """Connect to the cluster in RAY_ADDRESS, or start a local one; does nothing if connected.
+
+    Args:
+        offline: forbid workers to reach a model hub.
+
+    Raises:
+        RayStartError: after three attempts.
+    """
+    if ray.is_initialized():
+        return
+    for key, value in _QUIET.items():
+        os.environ.setdefault(key, value)
+    env = dict(_WORKER_ENV) if offline else {k: v for k, v in _WORKER_ENV.items() if k[:2] != "HF"}
+    root = str(Path(__file__).resolve().parent.parent)
+    env["PYTHONPATH"] = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH")) if p)
+    runtime_env = {"env_vars": env}
+    address = os.environ.get("RAY_ADDRESS")
+    last: Exception | None = None
+    for _ in range(ATTEMPTS):
+        try:
+            if address:
+                ray.init(address, runtime_env=runtime_env, log_to_driver=False)
+            else:
+                ray.init(
+                    num_cpus=int(resources.num_cpus) if resources.num_cpus else None,
+                    include_dashboard=False,
+                    runtime_env=runtime_env,
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                    _node_ip_address="127.0.0.1",
+                )
+            _tighten_token()
+            _silence()
+            return
+        except (OSError, RuntimeError, ValueError, ConnectionError) as error:
+            last = error
+            ray.shutdown()
+    where = f"the cluster at {address}" if address else "a local Ray"
+    raise RayStartError(
+        f"could not reach {where} after {ATTEMPTS} attempts: {last}. Run `azeotrope doctor`; if "
+        "the machine is busy try again, and if an old instance hangs stop it by its pid"
+    ) from last
+
+
+def stop() -> None:
+    if ray.is_initialized():
+        ray.shutdown()
+
+
+def _tighten_token() -> None:
+    """A local Ray writes its token readable by everyone; nobody else needs it."""
+    token = Path.home() / ".ray" / "auth_token"
+    if token.is_file() and stat.S_IMODE(token.stat().st_mode) & 0o077:
+        token.chmod(0o600)
+
+
+def _silence() -> None:
+    for name in ("ray", "ray.data", "ray.train"):
+        logging.getLogger(name).setLevel(logging.ERROR)

@@ -1,0 +1,112 @@
+"""What a Ray Train worker does to train a student on stolen traces, and to examine it."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from azeotrope import models
+from azeotrope.attacks import base as attacks
+from azeotrope.attacks import cleanups
+from azeotrope.collect import collect
+from azeotrope.config import Config
+from azeotrope.generation import Sampling
+from azeotrope.tasks import TaskConfig
+from azeotrope.tasks import build as build_task
+from azeotrope.tasks.base import Problem
+from azeotrope.tokens import Boundary
+from azeotrope.traces import Trace, read_traces, write_traces
+from azeotrope.training import fit
+
+EXAM_BATCH = 250
+
+
+class Lora(Config):
+    """Low-rank adapters, merged before the student is saved (Hu et al. 2021, arXiv:2106.09685)."""
+
+    rank: int = Field(16, ge=1)
+    alpha: float = Field(32.0, gt=0)
+    dropout: float = Field(0.0, ge=0, lt=1)
+
+
+class StudentJob(Config):
+    """Everything that decides a trained student and its exam."""
+
+    model: str
+    name: str
+    lora: Lora | None = None
+    attack: dict[str, Any]
+    cleanup: str = "none"
+    traces: str
+    take: int
+    boundary: Boundary
+    task: TaskConfig
+    exam_problems: int
+    exam: Sampling
+    seed: int
+    save_weights: bool = True
+
+
+def run(
+    data: dict[str, Any],
+    folder: Path,
+    state: Path,
+    *,
+    rank: int,
+    save: Callable[[int], None],
+    progress: Callable[[int, int], None],
+) -> None:
+    """Train, write `student.json`, the exam's traces and, if asked, the weights."""
+    job = StudentJob.model_validate(data)
+    task = build_task(job.task)
+    attack = attacks.resolve(job.attack)
+    student = models.load(job.model)
+    if job.lora is not None:
+        student = models.attach_lora(student, job.lora.rank, job.lora.alpha, job.lora.dropout)
+    stolen = read_traces(Path(job.traces))[: job.take]
+    kept = cleanups.resolve(job.cleanup)(stolen, job.boundary)
+    if not kept:
+        raise ValueError(
+            f"clean-up {job.cleanup!r} left none of {len(stolen)} traces; there is nothing to steal"
+        )
+    config = attack.config.fit.model_copy(update={"seed": job.seed})
+    student.model.train()
+    result = fit(
+        [parameter for parameter in student.model.parameters() if parameter.requires_grad],
+        attack.examples(student, kept, task, job.boundary),
+        lambda items: attack.loss(student, items),
+        config,
+        checkpoint=state,
+        on_checkpoint=lambda step, _: save(step),
+        on_step=lambda entry: progress(entry.step, config.steps),
+        identify=lambda example: example.id,
+    )
+    if rank != 0:
+        return
+    student.model.eval()
+    if job.lora is not None:
+        student = models.merge_lora(student)
+    exam = examine(student, task, task.problems("test", job.exam_problems), job.exam, job.name)
+    write_traces(folder / "exam.parquet", exam)
+    if job.save_weights:
+        models.save(student, folder / "student")
+    described = {
+        "kept": len(kept),
+        "steps": result.steps,
+        "tokens": result.tokens,
+        "log": [[entry.step, entry.loss] for entry in result.log],
+    }
+    (folder / "student.json").write_text(json.dumps(described, indent=1))
+
+
+def examine(
+    loaded: models.Loaded, task: Any, problems: Sequence[Problem], sampling: Sampling, name: str
+) -> list[Trace]:
+    """Answers to held-out problems, a bounded number at a time."""
+    found: list[Trace] = []
+    for start in range(0, len(problems), EXAM_BATCH):
+        part = problems[start : start + EXAM_BATCH]
+        found += collect(loaded, task, part, sampling, model=name)
+    return found

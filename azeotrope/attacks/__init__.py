@@ -1,0 +1,1 @@
+"""Attacks: what a thief does with what was observed; one module each."""

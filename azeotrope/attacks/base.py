@@ -1,0 +1,70 @@
+"""What an attack is: what it observes, and the loss by which a student learns from it.
+
+An attack called `text_sft` is the module `azeotrope/attacks/text_sft.py` with a class `Config` and
+a function `build(config)`; the name is the module, as for defenses.
+"""
+
+import importlib
+import pkgutil
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field
+
+import azeotrope.attacks
+from azeotrope.config import Config, ConfigError
+from azeotrope.config import build as build_config
+from azeotrope.models import Loaded
+from azeotrope.tasks.base import Task
+from azeotrope.tokens import Boundary, Example
+from azeotrope.traces import Trace
+from azeotrope.training import FitConfig, TokenSum
+
+Observes = Literal["text", "logits", "topk"]
+_NOT_ATTACKS = {"base", "cleanups"}
+
+
+class AttackConfig(Config):
+    """What every attack can be told."""
+
+    name: str
+    fit: FitConfig = Field(default_factory=FitConfig)
+    max_length: int = Field(256, ge=8, description="tokens of prompt and completion together")
+
+
+class Attack:
+    """A student's training objective and the form it wants its data in."""
+
+    needs: ClassVar[Observes]
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+
+    def examples(
+        self, student: Loaded, traces: Sequence[Trace], task: Task, boundary: Boundary
+    ) -> list[Example]:
+        """Observed traces as training samples of this student."""
+        raise TypeError(f"{type(self).__name__} does not say how it reads traces")
+
+    def loss(self, student: Loaded, items: list[Example]) -> TokenSum:
+        """The summed loss of some samples."""
+        raise TypeError(f"{type(self).__name__} has no loss")
+
+
+def names() -> list[str]:
+    """Every attack there is."""
+    found = pkgutil.iter_modules(azeotrope.attacks.__path__)
+    return sorted(module.name for module in found if module.name not in _NOT_ATTACKS)
+
+
+def resolve(data: dict[str, Any]) -> Attack:
+    """Build an attack from plain configuration.
+
+    Raises:
+        ConfigError: if there is no module of that name, or a key or value does not fit.
+    """
+    name = data.get("name")
+    if name not in names():
+        raise ConfigError(f"unknown attack {name!r}; there are {', '.join(names())}")
+    module = importlib.import_module(f"azeotrope.attacks.{name}")
+    return module.build(build_config(module.Config, data, source=f"attack {name}"))

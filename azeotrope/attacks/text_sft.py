@@ -1,0 +1,55 @@
+"""Sequence-level distillation: fine-tune a student on the text of stolen traces.
+
+    L = - sum_t log q(y_t | x, y_<t)   over the completion, end-of-sequence included.
+
+The student reads the text through its own tokenizer, so teacher and student may differ in it.
+Reference: Kim and Rush 2016, "Sequence-level knowledge distillation", arXiv:1606.07947.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+from azeotrope.attacks.base import Attack, AttackConfig
+from azeotrope.heads import sequence_loss
+from azeotrope.models import Loaded
+from azeotrope.tasks.base import Task
+from azeotrope.tokens import Boundary, Example, collate, encode
+from azeotrope.traces import Trace
+from azeotrope.training import TokenSum
+
+
+class Config(AttackConfig):
+    name: Literal["text_sft"] = "text_sft"
+
+
+class TextSft(Attack):
+    needs = "text"
+
+    def examples(
+        self, student: Loaded, traces: Sequence[Trace], task: Task, boundary: Boundary
+    ) -> list[Example]:
+        """Stolen text as the student reads it.
+
+        Raises:
+            ValueError: if a trace is longer than the student's context.
+        """
+        return [
+            encode(
+                student.tokenizer,
+                task.messages(trace.question),
+                trace.text,
+                boundary=boundary,
+                max_length=self.config.max_length,
+                finished=trace.finished,
+                id=trace.id,
+            )
+            for trace in traces
+        ]
+
+    def loss(self, student: Loaded, items: list[Example]) -> TokenSum:
+        pad = int(student.tokenizer.pad_token_id)  # type: ignore[arg-type]
+        return sequence_loss(student.model, collate(items, pad).to(student.device))
+
+
+def build(config: Config) -> TextSft:
+    return TextSft(config)

@@ -1,0 +1,1 @@
+"""Defenses: one module each; `base.py` says what a module must have."""

@@ -1,0 +1,114 @@
+"""What a defense is. Workflows look at its stage, never at its name.
+
+A defense called `doge` is the module `azeotrope/defenses/doge.py` with a class `Config` (its
+`name` is a literal) and a function `build(config)`. There is no registry: the name is the module.
+"""
+
+import importlib
+import pkgutil
+from typing import Any, ClassVar, Literal
+
+from jaxtyping import Float
+from pydantic import Field
+from torch import Tensor, nn
+
+import azeotrope.defenses
+from azeotrope.config import Config, ConfigError
+from azeotrope.config import build as build_config
+from azeotrope.features import FeatureBatch
+from azeotrope.tokens import Boundary
+from azeotrope.training import TokenSum
+from azeotrope.vocabulary import SharedVocabulary
+
+Stage = Literal["weights", "decoding", "text"]
+
+
+class DefenseConfig(Config):
+    """What every defense can be told."""
+
+    name: str
+    strength: float = Field(1.0, ge=0, description="0 is the identity")
+
+
+class Head(nn.Module):
+    """The teacher's output head as trainable parameters, and the frozen heads of the proxies."""
+
+    def __init__(
+        self,
+        weight: Float[Tensor, "vocab hidden"],
+        bias: Float[Tensor, " vocab"] | None = None,
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight.detach().float().clone())
+        self.bias = None if bias is None else nn.Parameter(bias.detach().float().clone())
+
+
+class ProxyHead(nn.Module):
+    """A proxy's frozen head and the tokens it shares with the teacher."""
+
+    def __init__(
+        self,
+        weight: Float[Tensor, "vocab hidden"],
+        bias: Float[Tensor, " vocab"] | None,
+        shared: SharedVocabulary,
+    ) -> None:
+        super().__init__()
+        # Only the shared rows are ever used: cutting once spares a gather in each step.
+        self.weight = nn.Buffer(weight.detach().float()[shared.proxy_ids])
+        self.bias = None if bias is None else nn.Buffer(bias.detach().float()[shared.proxy_ids])
+        self.teacher_ids = nn.Buffer(shared.teacher_ids)
+        self.is_whole = shared.is_identity
+
+
+class Defense:
+    """Hooks that do nothing by default; a defense overrides those of its stage.
+
+    `weights`: `loss` trains the head once, before serving. `decoding`: `adjust_logits` acts on
+    every token. `text`: `rewrite` acts on the finished completion.
+    """
+
+    stage: ClassVar[Stage]
+    needs_proxies: ClassVar[bool] = False
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+
+    @property
+    def is_identity(self) -> bool:
+        return self.config.strength == 0
+
+    def calibrate(self, completion_tokens: int, reasoning_tokens: int, sequences: int) -> None:
+        """Learn the shape of the training data before the first step (stage `weights`)."""
+
+    def loss(self, head: Head, proxies: tuple[ProxyHead, ...], batch: FeatureBatch) -> TokenSum:
+        """The objective to minimise over the head's parameters (stage `weights`)."""
+        raise TypeError(f"{type(self).__name__} of stage {self.stage!r} has no training loss")
+
+    def adjust_logits(
+        self, logits: Float[Tensor, "rows vocab"], prefixes: list[list[int]]
+    ) -> Float[Tensor, "rows vocab"]:
+        """Change the next token's logits, given each row's completion so far."""
+        return logits
+
+    def rewrite(self, text: str, boundary: Boundary) -> str:
+        """Change a finished completion without changing its answer."""
+        return text
+
+
+def names() -> list[str]:
+    """Every defense there is: the modules of this package, `base` aside."""
+    found = pkgutil.iter_modules(azeotrope.defenses.__path__)
+    return sorted(module.name for module in found if module.name != "base")
+
+
+def resolve(data: dict[str, Any]) -> Defense:
+    """Build a defense from plain configuration.
+
+    Raises:
+        ConfigError: if there is no module of that name, or a key or value does not fit.
+    """
+    name = data.get("name")
+    if name not in names():
+        raise ConfigError(f"unknown defense {name!r}; there are {', '.join(names())}")
+    module = importlib.import_module(f"azeotrope.defenses.{name}")
+    return module.build(build_config(module.Config, data, source=f"defense {name}"))

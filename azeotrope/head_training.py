@@ -1,0 +1,229 @@
+"""Train a defended head from stored features, and keep the teacher useful while doing it.
+
+Teacher-forced loss does not show when a head makes generation collapse, so after every round of
+steps the defended teacher *writes* answers to held-out problems. A round that keeps accuracy above
+the floor is accepted and the strength rises; one that does not is rolled back to the last good
+head and the strength falls.
+"""
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from pydantic import Field
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from azeotrope.config import Config
+from azeotrope.defenses.base import Defense, Head, ProxyHead
+from azeotrope.features import FeaturePair, join
+from azeotrope.training import FitConfig, LogEntry, TokenSum, fit
+
+STATE = "search.safetensors"
+
+
+class UtilityFloor(Config):
+    """The constraint: generated accuracy, greedy and sampled, as a share of the clean teacher's."""
+
+    share: float = Field(0.97, gt=0, le=1)
+    problems: int = Field(300, ge=1, description="held-out validation problems")
+    temperature: float = Field(1.0, gt=0, description="of the sampled check")
+    rounds: int = Field(8, ge=1)
+    raise_by: float = Field(1.5, ge=1, description="factor on the strength after a good round")
+    lower_by: float = Field(0.5, gt=0, lt=1, description="factor after a bad one")
+
+
+class HeadTraining(Config):
+    """How long and how carefully a head is trained."""
+
+    fit: FitConfig = Field(
+        default_factory=lambda: FitConfig(
+            steps=100, batch_size=16, learning_rate=3e-3, schedule="cosine", weight_decay=0.01
+        )
+    )
+    floor: UtilityFloor | None = Field(
+        default_factory=UtilityFloor, description="null trains once, unconstrained, as published"
+    )
+    refreshes: int = Field(
+        1, ge=0, description="times the defended teacher writes new traces and training goes on"
+    )
+
+
+@dataclass(frozen=True)
+class Utility:
+    """Accuracy of the teacher's own generated answers."""
+
+    greedy: float
+    sampled: float
+
+
+@dataclass
+class Round:
+    """One round of the search."""
+
+    number: int
+    strength: float
+    utility: Utility | None
+    accepted: bool
+    loss: float
+
+
+@dataclass
+class HeadResult:
+    rounds: list[Round] = field(default_factory=list)
+    log: list[LogEntry] = field(default_factory=list)
+    strength: float = 0.0
+    """The strength of the last accepted round; 0 if none was."""
+
+
+def train_head(
+    head: Head,
+    proxies: tuple[ProxyHead, ...],
+    data: Sequence[FeaturePair],
+    defense: Defense,
+    config: HeadTraining,
+    *,
+    measure: Callable[[Head], Utility] | None = None,
+    clean: Utility | None = None,
+    folder: Path | None = None,
+    on_round: Callable[[Round], None] | None = None,
+    on_step: Callable[[LogEntry], None] | None = None,
+) -> HeadResult:
+    """Train `head` in place.
+
+    Args:
+        measure: lets the teacher with this head write answers; needed when there is a floor.
+        clean: what the undefended teacher reaches; the floor is a share of it.
+        folder: where finished rounds are kept, so that a killed search goes on from the last one.
+
+    Raises:
+        ValueError: if no token is adversarial, or a floor is set without `measure` and `clean`.
+        NonFiniteLossError: if the objective stops being finite.
+    """
+    result = HeadResult()
+    if defense.is_identity:
+        return result
+    if config.floor is not None and (measure is None or clean is None):
+        raise ValueError("a utility floor needs `measure` and the clean teacher's utility")
+    defense.calibrate(
+        completion_tokens=sum(len(pair.teacher.targets) for pair in data),
+        reasoning_tokens=sum(int(pair.teacher.reasoning.sum()) for pair in data),
+        sequences=len(data),
+    )
+    if config.floor is None:
+        result.log = _fit(head, proxies, data, defense, config.fit, folder, 0, on_step)
+        result.strength = defense.config.strength
+        return result
+    _search(head, proxies, data, defense, config, measure, clean, folder, result, on_round, on_step)  # type: ignore[arg-type]
+    return result
+
+
+def _search(
+    head: Head,
+    proxies: tuple[ProxyHead, ...],
+    data: Sequence[FeaturePair],
+    defense: Defense,
+    config: HeadTraining,
+    measure: Callable[[Head], Utility],
+    clean: Utility,
+    folder: Path | None,
+    result: HeadResult,
+    on_round: Callable[[Round], None] | None,
+    on_step: Callable[[LogEntry], None] | None,
+) -> None:
+    floor = config.floor
+    assert floor is not None
+    base = getattr(defense, "strength", defense.config.strength)
+    factor = 1.0
+    if folder is not None and (folder / STATE).is_file():
+        factor = _load(folder, head, result)
+    good = _copy(head)
+    for number in range(len(result.rounds), floor.rounds):
+        defense.strength = base * factor  # type: ignore[attr-defined]
+        log = _fit(head, proxies, data, defense, config.fit, folder, number, on_step)
+        utility = measure(head)
+        accepted = (
+            utility.greedy >= floor.share * clean.greedy
+            and utility.sampled >= floor.share * clean.sampled
+        )
+        strength = defense.config.strength * factor
+        this = Round(number, strength, utility, accepted, log[-1].loss if log else 0.0)
+        result.rounds.append(this)
+        result.log.extend(log)
+        if accepted:
+            good, result.strength = _copy(head), strength
+        else:
+            _restore(head, good)
+        factor *= floor.raise_by if accepted else floor.lower_by
+        if folder is not None:
+            _save(folder, good, result, factor)
+        if on_round is not None:
+            on_round(this)
+
+
+def _fit(
+    head: Head,
+    proxies: tuple[ProxyHead, ...],
+    data: Sequence[FeaturePair],
+    defense: Defense,
+    config: FitConfig,
+    folder: Path | None,
+    number: int,
+    on_step: Callable[[LogEntry], None] | None,
+) -> list[LogEntry]:
+    device = head.weight.device
+
+    def loss(items: list[FeaturePair]) -> TokenSum:
+        return defense.loss(head, proxies, join(items).to(device))
+
+    state = None if folder is None else folder / f"round-{number}"
+    return fit(
+        [parameter for parameter in head.parameters() if parameter.requires_grad],
+        data,
+        loss,
+        # Another order of samples each round, the same one whenever the round is repeated.
+        config.model_copy(update={"seed": config.seed + number}),
+        checkpoint=state,
+        on_step=on_step,
+        identify=lambda pair: pair.teacher.id,
+    ).log
+
+
+def _copy(head: Head) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in head.named_parameters()}
+
+
+def _restore(head: Head, saved: dict[str, Tensor]) -> None:
+    with torch.no_grad():
+        for name, value in head.named_parameters():
+            value.copy_(saved[name])
+
+
+def _save(folder: Path, good: dict[str, Tensor], result: HeadResult, factor: float) -> None:
+    described = {
+        "factor": factor,
+        "strength": result.strength,
+        "rounds": [asdict(item) for item in result.rounds],
+        "log": [asdict(item) for item in result.log],
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / f"{STATE}.tmp"
+    tensors = {name: value.cpu().contiguous() for name, value in good.items()}
+    save_file(tensors, temporary, metadata={"search": json.dumps(described)})
+    os.replace(temporary, folder / STATE)
+
+
+def _load(folder: Path, head: Head, result: HeadResult) -> float:
+    with safe_open(folder / STATE, framework="pt") as file:
+        described = json.loads(file.metadata()["search"])
+        _restore(head, {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+    for item in described["rounds"]:
+        utility = Utility(**item.pop("utility"))
+        result.rounds.append(Round(**item, utility=utility))
+    result.log.extend(LogEntry(**item) for item in described["log"])
+    result.strength = described["strength"]
+    return float(described["factor"])

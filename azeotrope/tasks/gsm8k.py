@@ -1,0 +1,125 @@
+"""GSM8K: grade-school word problems with worked solutions (Cobbe et al. 2021, arXiv:2110.14168)."""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from azeotrope.config import Config
+from azeotrope.tasks import answers
+from azeotrope.tasks.base import Problem
+from azeotrope.tasks.rows import Row, collect, read, take, text_of
+from azeotrope.tokens import Message
+
+HUB = "openai/gsm8k"
+SPLITS = ("train", "validation", "test")
+INSTRUCTION = "Reason step by step, and finish with a line of the form\n#### <number>"
+_CALCULATOR = re.compile(r"<<[^<>]*>>")
+_EXPECTED = (
+    'one JSON object a line, {"question": ..., "answer": ... #### 18}, as in train.jsonl and '
+    f"test.jsonl of GSM8K; or leave path empty to download {HUB}"
+)
+
+
+class Gsm8kConfig(Config):
+    name: Literal["gsm8k"] = "gsm8k"
+    path: str | None = Field(
+        None, description=f"folder with train.jsonl and test.jsonl; none downloads {HUB}"
+    )
+    validation: int = Field(
+        500, ge=0, description="how many of the last train rows are the validation split"
+    )
+
+
+class Gsm8k:
+    """All rows are read and checked at the start, so that a broken file fails in a second.
+
+    A problem's row is its row in the file. Validation rows keep the number they have in the train
+    file, so an id means the same problem whatever the size of the validation split.
+    """
+
+    name = "gsm8k"
+    template = "gsm8k-chat-1"
+
+    def __init__(self, config: Gsm8kConfig) -> None:
+        self.config = config
+        train, test = _load(config.path)
+        if config.validation >= len(train):
+            raise ValueError(
+                f"validation={config.validation} would take all {len(train)} train rows; lower it"
+            )
+        held_out = len(train) - config.validation
+        self._first = {"train": 0, "validation": held_out, "test": 0}
+        self._rows = {"train": train[:held_out], "validation": train[held_out:], "test": test}
+
+    def problems(self, split: str, count: int, *, skip: int = 0) -> Sequence[Problem]:
+        if split not in SPLITS:
+            raise ValueError(f"gsm8k has the splits {', '.join(SPLITS)}; got {split!r}")
+        return take(
+            self._rows[split],
+            count,
+            skip,
+            dataset=self.name,
+            split=split,
+            first=self._first[split],
+        )
+
+    def messages(self, question: str) -> list[Message]:
+        return [{"role": "user", "content": f"{question}\n\n{INSTRUCTION}"}]
+
+    def extract(self, completion: str) -> str | None:
+        return answers.extract(completion, numeric=True)
+
+    def check(self, completion: str, problem: Problem) -> bool:
+        given = self.extract(completion)
+        return given is not None and answers.same(given, problem.answer)
+
+
+def build(config: Gsm8kConfig) -> Gsm8k:
+    return Gsm8k(config)
+
+
+def parse(fields: Mapping[str, Any]) -> Row:
+    """A row of the published files: reasoning with calculator marks, then `#### 1,000`.
+
+    Raises:
+        ValueError: if a field is missing or the answer does not end with a number after `####`.
+    """
+    question, worked = text_of(fields, "question"), text_of(fields, "answer")
+    reasoning, found, final = worked.rpartition("####")
+    if not found:
+        raise ValueError('has an "answer" without a final "#### number"')
+    if answers.number(final) is None:
+        raise ValueError(f'has an "answer" with {final.strip()!r} after ####, not a number')
+    answer = answers.spell(final.strip())
+    steps = _CALCULATOR.sub("", reasoning).strip()
+    return Row(question, answer, f"{steps}\n#### {answer}".lstrip())
+
+
+def _load(path: str | None) -> tuple[tuple[Row, ...], tuple[Row, ...]]:
+    if path is None:
+        return _download("train"), _download("test")
+    folder = Path(path).expanduser()
+    train = read(folder / "train.jsonl", parse, expected=_EXPECTED)
+    return train, read(folder / "test.jsonl", parse, expected=_EXPECTED)
+
+
+def _download(split: str) -> tuple[Row, ...]:
+    from datasets import load_dataset
+
+    try:
+        table = load_dataset(HUB, "main", split=split)
+    except OSError as error:
+        # Both "no network" and "not in the cache" are OSErrors, with messages about URLs.
+        raise ConnectionError(
+            f"cannot get {HUB} from the Hugging Face hub ({error}); download train.jsonl and "
+            "test.jsonl once and set path to their folder"
+        ) from error
+    items = ((f"row {index}", _giver(dict(fields))) for index, fields in enumerate(table))
+    return collect(items, parse, source=f"{HUB} ({split})")
+
+
+def _giver(fields: dict[str, Any]) -> Any:
+    return lambda: fields

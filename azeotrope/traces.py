@@ -1,0 +1,160 @@
+"""Traces: what a teacher wrote and a thief would collect, with where each came from.
+
+A trace's id is a hash of the problem, the prompt template and the sample number, so the same row
+made twice has the same id, and a file with an id in it twice is refused.
+"""
+
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from azeotrope.tasks.base import Problem, Task
+
+SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("problem", pa.string()),
+        ("template", pa.string()),
+        ("sample", pa.int32()),
+        ("question", pa.string()),
+        ("reference", pa.string()),
+        ("text", pa.string()),
+        ("prompt_ids", pa.list_(pa.int32())),
+        ("completion_ids", pa.list_(pa.int32())),
+        ("finished", pa.bool_()),
+        ("correct", pa.bool_()),
+        ("model", pa.string()),
+        ("defense", pa.string()),
+        ("decoding", pa.string()),
+        ("seed", pa.int64()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One completion of one problem.
+
+    `model` names who wrote it (`ground_truth` for a reference solution), `defense` what was on,
+    `decoding` how it was drawn (`greedy` or `sampled@T`). `prompt_ids` and `completion_ids` are
+    the writer's own tokens; they are empty for text that no model of ours wrote.
+    """
+
+    id: str
+    problem: str
+    template: str
+    sample: int
+    question: str
+    reference: str
+    text: str
+    prompt_ids: tuple[int, ...]
+    completion_ids: tuple[int, ...]
+    finished: bool
+    correct: bool
+    model: str
+    defense: str
+    decoding: str
+    seed: int
+
+    def with_text(self, text: str, correct: bool) -> "Trace":
+        """The same trace rewritten; the writer's tokens no longer describe it."""
+        return replace(self, text=text, correct=correct, prompt_ids=(), completion_ids=())
+
+
+def trace_id(problem: Problem, template: str, sample: int) -> str:
+    key = f"{problem.dataset}\n{problem.split}\n{problem.row}\n{template}\n{sample}"
+    return hashlib.sha256(key.encode()).hexdigest()[:24]
+
+
+def row_seed(identity: str, seed: int) -> int:
+    """The seed of one row's random numbers: a hash, so that rows and runs never share a stream."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{identity}".encode()).digest()[:8], "big") >> 1
+
+
+def ground_truth(task: Task, problems: Sequence[Problem]) -> list[Trace]:
+    """The reference solutions as traces: what a thief has without any teacher."""
+    return [
+        Trace(
+            id=trace_id(problem, task.template, 0),
+            problem=problem.id,
+            template=task.template,
+            sample=0,
+            question=problem.question,
+            reference=problem.answer,
+            text=problem.solution,
+            prompt_ids=(),
+            completion_ids=(),
+            finished=True,
+            correct=task.check(problem.solution, problem),
+            model="ground_truth",
+            defense="none",
+            decoding="none",
+            seed=0,
+        )
+        for problem in problems
+    ]
+
+
+def write_traces(path: Path, traces: Iterable[Trace]) -> None:
+    """Write one Parquet file; it appears whole or not at all.
+
+    Raises:
+        ValueError: if an id occurs twice.
+    """
+    rows = [asdict(trace) for trace in traces]
+    _refuse_repeats((row["id"] for row in rows), str(path))
+    write_parquet(pa.Table.from_pylist(rows, schema=SCHEMA), path)
+
+
+def read_traces(place: Path) -> list[Trace]:
+    """Every trace of a file, or of all Parquet files of a folder in the order of their names.
+
+    Raises:
+        FileNotFoundError: if there is no Parquet file.
+        ValueError: if a file has another schema, or an id occurs twice.
+    """
+    files = sorted(place.glob("*.parquet")) if place.is_dir() else [place]
+    if not files or not files[0].is_file():
+        raise FileNotFoundError(f"no traces at {place}: expected Parquet files")
+    found: list[Trace] = []
+    names = [item.name for item in fields(Trace)]
+    for path in files:
+        table = pq.read_table(path)
+        missing = [name for name in names if name not in table.column_names]
+        if missing:
+            raise ValueError(f"{path} is not a trace file: it lacks {', '.join(missing)}")
+        for row in table.select(names).to_pylist():
+            row["prompt_ids"] = tuple(row["prompt_ids"])
+            row["completion_ids"] = tuple(row["completion_ids"])
+            found.append(Trace(**row))
+    _refuse_repeats((trace.id for trace in found), str(place))
+    return found
+
+
+def write_parquet(table: pa.Table, path: Path) -> None:
+    """Write under a temporary name, then rename: a reader never sees half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        pq.write_table(table, temporary, compression="zstd")
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(
+            error.errno, f"could not write {path} ({error.strerror}); finished files are kept"
+        ) from error
+
+
+def _refuse_repeats(ids: Iterable[str], place: str) -> None:
+    repeated = [identity for identity, count in Counter(ids).items() if count > 1]
+    if repeated:
+        raise ValueError(
+            f"{place} would hold {len(repeated)} trace ids more than once, first {repeated[0]}; "
+            "every problem, template and sample number makes one trace"
+        )

@@ -1,0 +1,60 @@
+"""Two tokenizers' vocabularies, matched by token string and never by index."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+LEAST_SHARED = 0.5
+
+
+@dataclass(frozen=True)
+class SharedVocabulary:
+    """Tokens both models know: `teacher_ids[i]` and `proxy_ids[i]` are the same string."""
+
+    teacher_ids: Int[Tensor, " shared"]
+    proxy_ids: Int[Tensor, " shared"]
+    to_proxy: Int[Tensor, " teacher_vocab"]
+    """The proxy's id for each teacher id; its unknown token where it has none."""
+
+    @property
+    def is_identity(self) -> bool:
+        """Every teacher token has the same id in the proxy."""
+        return bool((self.teacher_ids == self.proxy_ids).all()) and len(self.teacher_ids) == len(
+            self.to_proxy
+        )
+
+
+def share(
+    teacher: PreTrainedTokenizerBase, proxy: PreTrainedTokenizerBase, *, proxy_name: str = "proxy"
+) -> SharedVocabulary:
+    """Match the vocabularies of a teacher and a proxy that reads the teacher's tokens.
+
+    Rows that pad an embedding beyond the tokenizer's vocabulary belong to no string, so they are
+    left out by themselves. Special tokens of the same role (begin, end, padding) count as the
+    same token even when they are spelled differently.
+
+    Raises:
+        ValueError: if the proxy knows less than half of the teacher's tokens: it could not read
+            what the teacher writes, and its distribution would mean nothing.
+    """
+    theirs = proxy.get_vocab()
+    ours = dict(teacher.get_vocab())
+    for role in ("bos_token", "eos_token", "pad_token", "unk_token"):
+        mine, other = getattr(teacher, role), getattr(proxy, role)
+        if mine is not None and other is not None and other in theirs:
+            theirs = {**theirs, mine: theirs[other]}
+    pairs = sorted((index, theirs[token]) for token, index in ours.items() if token in theirs)
+    if len(pairs) < LEAST_SHARED * len(ours):
+        raise ValueError(
+            f"{proxy_name} shares {len(pairs)} of the teacher's {len(ours)} tokens; a proxy must "
+            f"know at least {LEAST_SHARED:.0%} of them. Take a proxy of the teacher's family"
+        )
+    fallback = proxy.unk_token_id if proxy.unk_token_id is not None else proxy.pad_token_id
+    to_proxy = torch.full((max(ours.values()) + 1,), int(fallback or 0))  # type: ignore[arg-type]
+    teacher_ids = torch.tensor([pair[0] for pair in pairs])
+    proxy_ids = torch.tensor([pair[1] for pair in pairs])
+    to_proxy[teacher_ids] = proxy_ids
+    return SharedVocabulary(teacher_ids, proxy_ids, to_proxy)

@@ -1,0 +1,1 @@
+"""Recipes: one file is one thing a user runs."""

@@ -1,0 +1,98 @@
+"""What a person sees while a workflow runs: one live block of bars with the time left."""
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+POLL_S = 0.5
+
+
+class Display:
+    """Thread-safe progress: several stages may be under way at once."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console()
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=self.console,
+        )
+        self._ray = threading.Lock()
+        self._ray_is_up = False
+
+    def __enter__(self) -> "Display":
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def say(self, text: str) -> None:
+        self.console.print(text)
+
+    def overall(self, total: int) -> Callable[[int], None]:
+        """A bar over all stages of a workflow."""
+        task = self._progress.add_task("[bold]all stages", total=total)
+        return lambda done: self._progress.advance(task, done)
+
+    @contextmanager
+    def task(self, label: str, total: int) -> Iterator[Callable[[int], None]]:
+        """A bar for work whose parts are counted as they finish."""
+        task = self._progress.add_task(label, total=total)
+        try:
+            yield lambda done: self._progress.advance(task, done)
+        finally:
+            self._finish(task, label)
+
+    @contextmanager
+    def watch(self, label: str, file: Path) -> Iterator[None]:
+        """A bar for a training run whose worker writes `[done, total]` to a file."""
+        task = self._progress.add_task(label, total=None)
+        over = threading.Event()
+
+        def poll() -> None:
+            while not over.wait(POLL_S):
+                if file.is_file():
+                    try:
+                        done, total = json.loads(file.read_text())
+                    except (ValueError, OSError):
+                        continue
+                    self._progress.update(task, completed=done, total=total)
+
+        thread = threading.Thread(target=poll, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+            self._finish(task, label)
+
+    @contextmanager
+    def starting_ray(self) -> Iterator[None]:
+        """Only one thread starts Ray; it says so, because the start takes seconds."""
+        with self._ray:
+            if not self._ray_is_up:
+                self.say("[dim]starting Ray[/dim]")
+            yield
+            self._ray_is_up = True
+
+    def _finish(self, task: int, label: str) -> None:
+        seconds = self._progress.tasks[self._progress.task_ids.index(task)].elapsed  # type: ignore[arg-type]
+        self._progress.remove_task(task)  # type: ignore[arg-type]
+        self.say(f"[dim]{label}: {seconds or 0:.0f} s[/dim]")

@@ -1,0 +1,433 @@
+"""Defend a teacher, rob it, and report what the defense was worth.
+
+    python -m workflows.pipeline pocket_demo
+    python -m workflows.pipeline pocket_full seeds=[0]
+
+Clean traces, baselines (base student, ground truth only, clean traces, answers only), defended
+traces, students on them, clean-ups, exams; then `results.json`, `report.html` and a table. Every
+stage is cached: a run that was killed, or a run that shares stages with another, goes on from
+what is there and ends with the same numbers.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from actors import session
+from actors.resources import Slots
+from azeotrope import __version__
+from azeotrope.evaluation import Row, Scored, repeats, results_document, summarise
+from azeotrope.report import plain_words, result_table, write_report
+from azeotrope.traces import Trace, read_traces
+from workflows.display import Display
+from workflows.preflight import preflight
+from workflows.settings import DefenseChoice, ExperimentConfig, StudentConfig, load
+from workflows.stages import Stage
+from workflows.steps import Request, Steps, describe
+
+EXAMPLES = 12
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One student to train: on what, how many, cleaned how, with which seed."""
+
+    student: StudentConfig
+    defense: str
+    strength: float
+    attack: str
+    cleanup: str
+    traces: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Taught:
+    """What a defense produced: the traces a thief gets and the teacher's own exams."""
+
+    choice: DefenseChoice | None
+    traces: Stage
+    greedy: Stage
+    sampled: Stage
+    heads: tuple[Stage, ...] = ()
+
+    @property
+    def label(self) -> str:
+        return self.choice.label if self.choice else "none"
+
+    @property
+    def strength(self) -> float:
+        """The strength in force: for a searched head the one that was accepted last."""
+        found = [describe(stage, "head.json")["strength"] for stage in self.heads]
+        if found:
+            return max(found)
+        return self.choice.strength if self.choice else 0.0
+
+
+def run(config: ExperimentConfig, console: Console | None = None) -> Path:
+    """Run the whole experiment; returns the run folder."""
+    folder = Path(config.runs).resolve() / config.name
+    preflight(config)
+    write_json(folder / "config.json", {"azeotrope": __version__, "config": config.dump()})
+    with Display(console) as display:
+        steps = Steps(config, display)
+        clean, base = _clean(config, steps)
+        taught, students = _defend_and_rob(config, steps, clean, display)
+        rows = _rows(config, clean, base, taught, students)
+        _link_stages(folder, [clean.traces, *(t.traces for t in taught), *students.values()])
+    _write_results(config, folder, rows, clean, taught, students)
+    return folder
+
+
+def _clean(config: ExperimentConfig, steps: Steps) -> tuple[Taught, dict[str, Stage]]:
+    """What the undefended teacher and the untaught students write."""
+    requests = _teacher_requests(config, config.teacher, "none", ())
+    for student in config.students:
+        requests.append(
+            Request(student.model, student.name, "test", config.exam_problems, config.greedy)
+        )
+    traces, greedy, sampled, *exams = steps.traces(requests)
+    names = [student.name for student in config.students]
+    return Taught(None, traces, greedy, sampled), dict(zip(names, exams, strict=True))
+
+
+def _teacher_requests(
+    config: ExperimentConfig, model: str, defense: str, decoding: tuple[dict[str, Any], ...]
+) -> list[Request]:
+    common = {"label": "teacher", "defense": defense, "decoding": decoding}
+    count = config.teacher_problems
+    return [
+        Request(model, split="train", count=config.most_traces, sampling=config.sampling, **common),
+        Request(model, split="test", count=count, sampling=config.greedy, **common),
+        Request(model, split="test", count=count, sampling=config.sampling, **common),
+    ]
+
+
+def _defend_and_rob(
+    config: ExperimentConfig, steps: Steps, clean: Taught, display: Display
+) -> tuple[list[Taught], dict[Cell, Stage]]:
+    """Train heads and students side by side: a student starts as soon as its traces exist."""
+    truth = steps.ground_truth(config.most_traces)
+    ready = [*_baseline_cells(config)]
+    students: dict[Cell, Future[Stage]] = {}
+    with ThreadPoolExecutor(max_workers=_width(config, steps)) as threads:
+
+        def teach(cells: list[Cell], source: Stage) -> None:
+            for cell in cells:
+                students[cell] = threads.submit(_student, steps, cell, source)
+
+        defended = [threads.submit(defend, config, steps, c, clean) for c in config.defenses]
+        try:
+            for cell in ready:
+                teach([cell], truth if cell.attack == "sft_only" else clean.traces)
+            taught = []
+            for choice, future in zip(config.defenses, defended, strict=True):
+                result = future.result()
+                taught.append(result)
+                teach(_defended_cells(config, choice, result.strength), result.traces)
+            done, _ = wait(students.values(), return_when=FIRST_EXCEPTION)
+            for future in done:
+                future.result()
+            return taught, {cell: future.result() for cell, future in students.items()}
+        except BaseException:
+            # Finished stages stay in the cache; those not yet started are not worth starting.
+            threads.shutdown(wait=False, cancel_futures=True)
+            session.stop()
+            raise
+
+
+def _width(config: ExperimentConfig, steps: Steps) -> int:
+    """Threads that drive stages; each waits for Ray most of its time."""
+    if config.resources.num_cpus is None and not os.environ.get("RAY_ADDRESS"):
+        cpus = os.cpu_count() or 1
+        return max(1, int(cpus // (config.resources.cpus * config.resources.workers_per_student)))
+    steps._ray()
+    return Slots.of(config.resources).students(config.resources)
+
+
+def _student(steps: Steps, cell: Cell, source: Stage) -> Stage:
+    what = cell.attack if cell.attack == "sft_only" else f"{cell.defense} {cell.attack}"
+    return steps.student(cell.student, source, cell.traces, cell.cleanup, cell.seed, what)
+
+
+def defend(
+    config: ExperimentConfig, steps: Steps, choice: DefenseChoice, clean: Taught
+) -> Taught:
+    """Apply a composition: heads first, then decoding adjustments, rewriting last."""
+    parts = choice.resolve()
+    teacher, heads = config.teacher, []
+    for part in (item for item in parts if item.stage == "weights" and not item.is_identity):
+        found, teacher = _train_heads(config, steps, choice, part.config.dump(), teacher, clean)
+        heads += found
+    decoding = tuple(
+        p.config.dump() for p in parts if p.stage == "decoding" and not p.is_identity
+    )
+    if heads or decoding:
+        requests = _teacher_requests(config, teacher, choice.label, decoding)
+        traces, greedy, sampled = steps.traces(requests)
+    else:
+        traces, greedy, sampled = clean.traces, clean.greedy, clean.sampled
+    for part in (item for item in parts if item.stage == "text" and not item.is_identity):
+        traces, greedy, sampled = (
+            steps.rewritten(stage, part, choice.label) for stage in (traces, greedy, sampled)
+        )
+    return Taught(choice, traces, greedy, sampled, tuple(heads))
+
+
+def _train_heads(
+    config: ExperimentConfig,
+    steps: Steps,
+    choice: DefenseChoice,
+    defense: dict[str, Any],
+    teacher: str,
+    clean: Taught,
+) -> tuple[list[Stage], str]:
+    """Train, then let the defended teacher write anew and train on, as often as asked."""
+    heads: list[Stage] = []
+    for refresh in range(choice.training.refreshes + 1):
+        count = config.head_traces or config.traces
+        # The first round reads the thief's traces if they are as many: made already.
+        request = Request(
+            teacher, "teacher", "train", count, config.sampling, defense=choice.label, seed=refresh
+        )
+        same = refresh == 0 and teacher == config.teacher and count == config.most_traces
+        source = clean.traces if same else steps.traces([request])[0]
+        features = steps.features(source, teacher, config.proxies)
+        heads.append(steps.head(features, teacher, defense, choice.training))
+        teacher = str(heads[-1].path / "teacher")
+    return heads, teacher
+
+
+def _baseline_cells(config: ExperimentConfig) -> Iterator[Cell]:
+    for seed, student in _each(config):
+        for traces in _budgets(config):
+            yield Cell(student, "none", 0.0, "sft_only", "none", traces, seed)
+            yield Cell(student, "none", 0.0, config.attack["name"], "none", traces, seed)
+        for cleanup in config.cleanups:
+            yield Cell(student, "none", 0.0, config.attack["name"], cleanup, config.traces, seed)
+
+
+def _defended_cells(
+    config: ExperimentConfig, choice: DefenseChoice, strength: float
+) -> list[Cell]:
+    cells: list[Cell] = []
+    attack = str(config.attack["name"])
+    is_baseline = all(part["name"] == "answers_only" for part in choice.parts)
+    for seed, student in _each(config):
+        # The baseline gets no clean-ups: there is nothing in an answer to clean.
+        for traces in (config.traces,) if is_baseline else _budgets(config):
+            cells.append(Cell(student, choice.label, strength, attack, "none", traces, seed))
+        for cleanup in () if is_baseline else config.cleanups:
+            cells.append(
+                Cell(student, choice.label, strength, attack, cleanup, config.traces, seed)
+            )
+    return cells
+
+
+def _each(config: ExperimentConfig) -> Iterator[tuple[int, StudentConfig]]:
+    for seed in config.seeds:
+        for student in config.students:
+            yield seed, student
+
+
+def _budgets(config: ExperimentConfig) -> tuple[int, ...]:
+    return tuple(sorted({config.traces, *config.budgets}))
+
+
+# Results -----------------------------------------------------------------------------------
+
+
+def _rows(
+    config: ExperimentConfig,
+    clean: Taught,
+    base: dict[str, Stage],
+    taught: list[Taught],
+    students: dict[Cell, Stage],
+) -> list[Row]:
+    task = read_traces(clean.greedy.path)[0].problem.split("/")[0]
+    rows: list[Row] = []
+    for item in (clean, *taught):
+        for stage, decoding in ((item.greedy, "greedy"), (item.sampled, config.sampling.label)):
+            shown = {
+                "role": "teacher",
+                "model": "teacher",
+                "defense": item.label,
+                "strength": item.strength,
+                "attack": "none",
+                "cleanup": "none",
+                "decoding": decoding,
+                "traces": 0,
+                "seed": 0,
+            }
+            rows += _measured(read_traces(stage.path), task, stage.seconds, shown)
+    for name, stage in base.items():
+        shown = _student_row(name, "none", 0.0, "none", "none", 0, 0)
+        rows += _measured(read_traces(stage.path), task, stage.seconds, shown)
+    for cell, stage in sorted(students.items(), key=lambda pair: str(pair[0])):
+        shown = _student_row(
+            cell.student.name,
+            cell.defense,
+            cell.strength,
+            cell.attack,
+            cell.cleanup,
+            cell.traces,
+            cell.seed,
+        )
+        exam = read_traces(stage.path / "exam.parquet")
+        rows += _measured(exam, task, stage.seconds, shown)
+    return rows
+
+
+def _student_row(
+    model: str, defense: str, strength: float, attack: str, cleanup: str, traces: int, seed: int
+) -> dict[str, Any]:
+    return {
+        "role": "student",
+        "model": model,
+        "defense": defense,
+        "strength": strength,
+        "attack": attack,
+        "cleanup": cleanup,
+        "decoding": "greedy",
+        "traces": traces,
+        "seed": seed,
+    }
+
+
+def _measured(
+    traces: list[Trace], task: str, seconds: float, shown: dict[str, Any]
+) -> list[Row]:
+    scored = [
+        Scored(
+            problem_id=trace.problem,
+            correct=trace.correct,
+            finished=trace.finished,
+            tokens=len(trace.completion_ids),
+            repeated=repeats(trace.completion_ids),
+        )
+        for trace in traces
+    ]
+    return [
+        Row(task=task, metric=metric, value=value, n=n, ci95=ci95, seconds=seconds, **shown)
+        for metric, (value, n, ci95) in summarise(scored).items()
+    ]
+
+
+def _write_results(
+    config: ExperimentConfig,
+    folder: Path,
+    rows: list[Row],
+    clean: Taught,
+    taught: list[Taught],
+    students: dict[Cell, Stage],
+) -> None:
+    about = {
+        "name": config.name,
+        "azeotrope": __version__,
+        "traces": config.traces,
+        "seeds": list(config.seeds),
+        "teacher": config.teacher,
+        "task": config.task.dump(),
+        "defenses": [
+            {"defense": t.label, "heads": [describe(h, "head.json")["rounds"] for h in t.heads]}
+            for t in taught
+        ],
+    }
+    write_json(folder / "results.json", results_document(about, rows))
+    write_json(folder / "curves.json", _curves(taught, students))
+    write_json(folder / "examples.json", _examples(clean, taught))
+    write_report(folder)
+
+
+def _curves(taught: list[Taught], students: dict[Cell, Stage]) -> list[dict[str, Any]]:
+    curves: list[dict[str, Any]] = []
+    for item in taught:
+        for number, head in enumerate(item.heads):
+            log = describe(head, "head.json")["log"]
+            label = f"{item.label} head, pass {number + 1}"
+            curves.append(_curve(label, "head", log, 0))
+    for cell, stage in sorted(students.items(), key=lambda pair: str(pair[0])):
+        what = f"{cell.student.name}: {cell.defense} {cell.attack} {cell.cleanup} n={cell.traces}"
+        curves.append(_curve(what, "student", describe(stage, "student.json")["log"], cell.seed))
+    return curves
+
+
+def _curve(label: str, kind: str, log: list[list[float]], seed: int) -> dict[str, Any]:
+    return {
+        "label": label,
+        "kind": kind,
+        # Rounds of a search each start at step 1; what is plotted is the running number.
+        "x": list(range(1, len(log) + 1)) if kind == "head" else [step for step, _ in log],
+        "y": [loss for _, loss in log],
+        "seed": seed,
+    }
+
+
+def _examples(clean: Taught, taught: list[Taught]) -> list[dict[str, Any]]:
+    shown: list[dict[str, Any]] = []
+    before = read_traces(clean.sampled.path)[:EXAMPLES]
+    for item in taught:
+        after = {trace.id: trace for trace in read_traces(item.sampled.path)}
+        for trace in before:
+            other = after[trace.id]
+            shown.append(
+                {
+                    "question": trace.question,
+                    "answer": trace.reference,
+                    "clean": trace.text,
+                    "defended": other.text,
+                    "defense": item.label,
+                }
+            )
+    return shown
+
+
+def _link_stages(folder: Path, stages: list[Stage]) -> None:
+    """Links from the run folder to its stages in the shared cache."""
+    links = folder / "stages"
+    links.mkdir(parents=True, exist_ok=True)
+    for stage in stages:
+        link = links / stage.path.name
+        if not link.is_symlink():
+            link.symlink_to(os.path.relpath(stage.path, links))
+
+
+def write_json(path: Path, data: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n")
+    os.replace(temporary, path)
+
+
+def show(folder: Path, rows: list[Row], console: Console) -> None:
+    """The closing table and where the report is."""
+    header, *body = result_table(rows)
+    table = Table(*header, title=f"{folder.name}: who learned what")
+    for line in body:
+        table.add_row(*line)
+    console.print(table)
+    for sentence in plain_words(rows):
+        console.print(f"- {sentence}")
+    console.print(f"report: {folder / 'report.html'}")
+
+
+def main(name: str, overrides: list[str]) -> None:
+    """What `azeotrope pipeline` runs."""
+    from azeotrope.evaluation import read_results
+
+    console = Console()
+    folder = run(load(name, overrides), console)
+    show(folder, read_results(folder / "results.json"), console)
+    session.stop()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2:])

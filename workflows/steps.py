@@ -1,0 +1,282 @@
+"""The steps of an experiment, each a cached stage: traces, features, heads, students."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from actors import pool, session, trainer
+from actors.generator import SHARD, GenerationJob, GenerationWorker
+from actors.heads import HeadJob
+from actors.proxy import ProxyActor
+from actors.students import StudentJob
+from actors.teacher import FeatureJob, TeacherActor
+from azeotrope import models
+from azeotrope.defenses.base import Defense
+from azeotrope.generation import Sampling
+from azeotrope.head_training import HeadTraining
+from azeotrope.tasks import build as build_task
+from azeotrope.tokens import spans
+from azeotrope.traces import ground_truth, read_traces, write_traces
+from workflows.display import Display
+from workflows.settings import ExperimentConfig, StudentConfig
+from workflows.stages import Cache, Stage
+
+
+@dataclass(frozen=True)
+class Request:
+    """Traces that somebody needs: who answers what, and how."""
+
+    model: str
+    label: str
+    split: str
+    count: int
+    sampling: Sampling
+    defense: str = "none"
+    decoding: tuple[dict[str, Any], ...] = ()
+    seed: int = 0
+
+
+class Steps:
+    """Builds stages of one experiment; Ray starts with the first stage that is not in the cache."""
+
+    def __init__(self, config: ExperimentConfig, display: Display) -> None:
+        self.config = config
+        self.cache = Cache(Path(config.cache))
+        self.display = display
+        self._fingerprints: dict[str, str] = {}
+
+    # Traces ------------------------------------------------------------------------------
+
+    def traces(self, requests: Sequence[Request]) -> list[Stage]:
+        """Make all requested traces in one pass over the generation workers."""
+        stages = [self._trace_stage(request) for request in requests]
+        missing = {s.key: (r, s) for r, s in zip(requests, stages, strict=True) if not s.is_done}
+        jobs = [job for request, stage in missing.values() for job in self._jobs(request, stage)]
+        waiting = [job for job in jobs if not Path(job.output).is_file()]
+        if waiting:
+            names = sorted({request.label for request, _ in missing.values()})
+            with self.display.task(f"generate: {', '.join(names)}", len(waiting)) as advance:
+                self._ray()
+                chain = [pool.Link(GenerationWorker)]
+                texts = [job.model_dump_json() for job in waiting]
+                pool.run_jobs(texts, chain, self.config.resources, on_done=advance)
+        for _, stage in missing.values():
+            # The shards are in place; what is left is to check and to rename.
+            self.cache.build(stage, lambda folder: _check_shards(folder))
+        return stages
+
+    def _trace_stage(self, request: Request) -> Stage:
+        return self.cache.stage(
+            "traces",
+            model=self._fingerprint(request.model),
+            label=request.label,
+            task=self.config.task.dump(),
+            split=request.split,
+            count=request.count,
+            sampling=request.sampling.dump(),
+            defense=request.defense,
+            decoding=list(request.decoding),
+            seed=request.seed,
+        )
+
+    def _jobs(self, request: Request, stage: Stage) -> list[GenerationJob]:
+        shard = min(SHARD, max(1, -(-request.count // 2)))
+        return [
+            GenerationJob(
+                model=models.resolve(request.model),
+                label=request.label,
+                task=self.config.task,
+                split=request.split,
+                start=start,
+                count=min(shard, request.count - start),
+                sampling=request.sampling,
+                seed=request.seed,
+                defense=request.defense,
+                decoding=request.decoding,
+                output=str(stage.partial / f"{start:07d}.parquet"),
+            )
+            for start in range(0, request.count, shard)
+        ]
+
+    def ground_truth(self, count: int) -> Stage:
+        """The thief's own data: reference solutions of the same problems."""
+        task_config = self.config.task
+
+        def make(folder: Path) -> None:
+            task = build_task(task_config)
+            write_traces(
+                folder / "0000000.parquet", ground_truth(task, task.problems("train", count))
+            )
+
+        stage = self.cache.stage("truth", task=task_config.dump(), count=count)
+        return self.cache.build(stage, make)
+
+    def rewritten(self, source: Stage, defense: Defense, label: str) -> Stage:
+        """Traces after a text-stage defense; answers are checked again."""
+        task_config, boundary = self.config.task, self.config.boundary
+
+        def make(folder: Path) -> None:
+            task = build_task(task_config)
+            changed = []
+            for trace in read_traces(source.path):
+                text = defense.rewrite(trace.text, boundary)
+                right = trace.correct if text == trace.text else _right(task, text, trace.reference)
+                changed.append(trace.with_text(text, right))
+            write_traces(folder / "0000000.parquet", changed)
+
+        stage = self.cache.stage(
+            "text",
+            source=source.key,
+            defense=defense.config.dump(),
+            boundary=boundary.dump(),
+            label=label,
+        )
+        return self.cache.build(stage, make)
+
+    # Heads -------------------------------------------------------------------------------
+
+    def features(self, traces: Stage, teacher: str, proxies: tuple[str, ...]) -> Stage:
+        """Frozen-trunk hidden states of teacher and proxies on the teacher's own traces."""
+        config = self.config
+        stage = self.cache.stage(
+            "features",
+            traces=traces.key,
+            teacher=self._fingerprint(teacher),
+            proxies=[self._fingerprint(name) for name in proxies],
+            boundary=config.boundary.dump(),
+            max_length=config.max_length,
+        )
+
+        def make(folder: Path) -> None:
+            files = sorted(traces.path.glob("*.parquet"))
+            jobs = [
+                FeatureJob(
+                    traces=str(file),
+                    folder=str(folder),
+                    boundary=config.boundary,
+                    max_length=config.max_length,
+                ).model_dump_json()
+                for file in files
+            ]
+            chain = [pool.Link(TeacherActor, {"model": models.resolve(teacher)})]
+            for index, name in enumerate(proxies):
+                arguments = {"model": models.resolve(name), "teacher": models.resolve(teacher)}
+                chain.append(pool.Link(ProxyActor, {**arguments, "index": index}))
+            with self.display.task("features of teacher and proxies", len(jobs)) as advance:
+                self._ray()
+                pool.run_jobs(jobs, chain, config.resources, on_done=advance)
+
+        return self.cache.build(stage, make)
+
+    def head(
+        self, features: Stage, teacher: str, defense: dict[str, Any], training: HeadTraining
+    ) -> Stage:
+        """A defended head, exported as a plain checkpoint in `teacher/`."""
+        config = self.config
+        described = {
+            "teacher": self._fingerprint(teacher),
+            "clean": self._fingerprint(config.teacher),
+            "proxies": [self._fingerprint(name) for name in config.proxies],
+            "defense": defense,
+            "training": training.dump(),
+            "features": features.key,
+            "task": config.task.dump(),
+            "max_new_tokens": config.sampling.max_new_tokens,
+        }
+        stage = self.cache.stage("head", **described)
+
+        def make(folder: Path) -> None:
+            job = HeadJob(
+                teacher=models.resolve(teacher),
+                clean=models.resolve(config.teacher),
+                proxies=tuple(models.resolve(name) for name in config.proxies),
+                defense=defense,
+                training=training,
+                features=str(features.path),
+                task=config.task,
+                max_new_tokens=config.sampling.max_new_tokens,
+            )
+            self._train("head", job.dump(), stage, folder, f"head: {defense['name']}")
+
+        return self.cache.build(stage, make)
+
+    # Students ----------------------------------------------------------------------------
+
+    def student(
+        self, student: StudentConfig, source: Stage, take: int, cleanup: str, seed: int, what: str
+    ) -> Stage:
+        """A student trained on the first `take` traces of a stage, with its exam."""
+        config = self.config
+        job = StudentJob(
+            model=models.resolve(student.model),
+            name=student.name,
+            lora=student.lora,
+            attack=config.attack,
+            cleanup=cleanup,
+            traces=str(source.path),
+            take=take,
+            boundary=config.boundary,
+            task=config.task,
+            exam_problems=config.exam_problems,
+            exam=config.greedy,
+            seed=seed,
+            save_weights=config.save_students,
+        )
+        places = {"model": self._fingerprint(student.model), "traces": source.key}
+        stage = self.cache.stage("student", **{**job.dump(), **places})
+
+        def make(folder: Path) -> None:
+            label = f"{student.name} {what} n={take} {cleanup} seed {seed}"
+            self._train("student", job.dump(), stage, folder, label)
+
+        return self.cache.build(stage, make)
+
+    # -------------------------------------------------------------------------------------
+
+    def _train(
+        self, kind: trainer.Kind, job: dict[str, Any], stage: Stage, folder: Path, label: str
+    ) -> None:
+        with self.display.watch(label, folder / trainer.PROGRESS):
+            self._ray()
+            trainer.train(
+                kind,
+                job,
+                name=f"{kind}-{stage.key}",
+                folder=folder,
+                resources=self.config.resources,
+            )
+
+    def _ray(self) -> None:
+        with self.display.starting_ray():
+            session.start(self.config.resources, offline=self._is_local)
+
+    @property
+    def _is_local(self) -> bool:
+        config = self.config
+        names = [config.teacher, *config.proxies, *(item.model for item in config.students)]
+        return all(Path(models.resolve(name)).is_dir() for name in names)
+
+    def _fingerprint(self, name: str) -> str:
+        if name not in self._fingerprints:
+            self._fingerprints[name] = models.fingerprint(name)
+        return self._fingerprints[name]
+
+
+def describe(stage: Stage, file: str) -> dict[str, Any]:
+    """What a head or a student stage says about itself."""
+    return json.loads((stage.path / file).read_text())
+
+
+def _check_shards(folder: Path) -> None:
+    # Reading refuses ids that occur twice, within a shard and over all of them.
+    read_traces(folder)
+
+
+def _right(task: Any, text: str, reference: str) -> bool:
+    return task.extract(text) == reference
+
+
+Make = Callable[[Path], None]
+__all__ = ["Request", "Steps", "describe", "spans"]
