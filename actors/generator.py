@@ -38,7 +38,7 @@ class GenerationJob(Config):
     sample: int = 0
     seed: int = 0
     defense: str = "none"
-    decoding: tuple[dict[str, Any], ...] = Field((), description="decoding-stage defenses")
+    decoding: tuple[dict[str, Any], ...] = Field(default=(), description="decoding-stage defenses")
     output: str
 
 

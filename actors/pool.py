@@ -1,5 +1,6 @@
 """Send jobs through chains of actors with Ray Data: parallel, restarted on death, with progress."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -41,21 +42,26 @@ def run_jobs(
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.verbose_stats_logs = False
-    workers = Slots.of(resources).generation(resources, len(jobs))
-    # All links of a chain live at once, so they share the CPUs that one link would take.
-    cpus = resources.cpus / len(chain)
+    slots = Slots.of(resources).generation(resources, len(jobs))
+    # All links of a chain live at once, so they share the slots; starting a worker costs seconds.
+    workers = max(1, slots // len(chain))
+    cpus = resources.cpus * min(1.0, slots / len(chain))
     data = ray.data.from_items([{"job": job} for job in jobs], override_num_blocks=len(jobs))
-    for link in chain:
-        data = data.map_batches(
-            link.actor,
-            fn_constructor_kwargs=link.arguments,
-            batch_size=1,
-            compute=ActorPoolStrategy(size=workers),
-            num_cpus=cpus,
-            num_gpus=resources.gpus / len(chain) or None,
-            max_restarts=resources.restarts,
-            max_task_retries=resources.restarts,
-        )
+    with warnings.catch_warnings():
+        # Ray 2.60 warns about these two, and has no named parameters for them yet; without
+        # them an actor that dies of the same cause every time is restarted for ever.
+        warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
+        for link in chain:
+            data = data.map_batches(
+                link.actor,
+                fn_constructor_kwargs=link.arguments,
+                batch_size=1,
+                compute=ActorPoolStrategy(size=workers),
+                num_cpus=cpus,
+                num_gpus=resources.gpus * min(1.0, slots / len(chain)) or None,
+                max_restarts=resources.restarts,
+                max_task_retries=resources.restarts,
+            )
     for _ in data.iter_rows():
         if on_done is not None:
             on_done(1)

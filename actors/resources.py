@@ -11,13 +11,13 @@ from azeotrope.config import Config, ConfigError
 class Resources(Config):
     """Per-process requests. On a CPU one thread a process beats one process with many."""
 
-    num_cpus: float | None = Field(None, description="CPUs of a local Ray; null takes all")
-    cpus: float = Field(1.0, gt=0, description="of each worker")
-    gpus: float = Field(0.0, ge=0, description="of each worker")
-    generation_workers: int | None = Field(None, ge=1, description="null fills the cluster")
-    workers_per_head: int = Field(1, ge=1, description="ranks that train one head")
-    workers_per_student: int = Field(1, ge=1, description="ranks that train one student")
-    restarts: int = Field(3, ge=0, description="times a dead worker is started again")
+    num_cpus: float | None = Field(default=None, description="CPUs of a local Ray; null takes all")
+    cpus: float = Field(default=1.0, gt=0, description="of each worker")
+    gpus: float = Field(default=0.0, ge=0, description="of each worker")
+    generation_workers: int | None = Field(default=None, ge=1, description="null fills the cluster")
+    workers_per_head: int = Field(default=1, ge=1, description="ranks that train one head")
+    workers_per_student: int = Field(default=1, ge=1, description="ranks that train one student")
+    restarts: int = Field(default=3, ge=0, description="times a dead worker is started again")
 
 
 @dataclass(frozen=True)

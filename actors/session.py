@@ -1,4 +1,4 @@
-"""One Ray instance for a run: local unless an address is given, on loopback, without a dashboard."""
+"""One Ray instance a run: local unless an address is given, on loopback, no dashboard."""
 
 import logging
 import os
@@ -13,6 +13,7 @@ logger = logging.getLogger(__name__)
 ATTEMPTS = 3
 _QUIET = {
     # Train and Data write their own progress; the driver shows one bar for all of them.
+    "RAY_BACKEND_LOG_LEVEL": "fatal",
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_DEDUP_LOGS": "1",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",

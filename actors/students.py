@@ -26,9 +26,9 @@ EXAM_BATCH = 250
 class Lora(Config):
     """Low-rank adapters, merged before the student is saved (Hu et al. 2021, arXiv:2106.09685)."""
 
-    rank: int = Field(16, ge=1)
-    alpha: float = Field(32.0, gt=0)
-    dropout: float = Field(0.0, ge=0, lt=1)
+    rank: int = Field(default=16, ge=1)
+    alpha: float = Field(default=32.0, gt=0)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
 
 
 class StudentJob(Config):

@@ -20,7 +20,7 @@ class FeatureJob(Config):
     traces: str
     folder: str
     boundary: Boundary = Field(default_factory=Boundary)
-    max_length: int = Field(256, ge=8)
+    max_length: int = Field(default=256, ge=8)
 
 
 class TeacherActor:

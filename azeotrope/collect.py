@@ -60,7 +60,7 @@ def collect(
                 prompt_ids=prompts[row],
                 completion_ids=completion.ids,
                 finished=completion.finished,
-                correct=task.check(text, problem),
+                correct=task.check(text, problem.answer),
                 model=model,
                 defense=defense,
                 decoding=sampling.label,

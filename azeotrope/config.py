@@ -1,4 +1,4 @@
-"""Frozen, typed configuration: YAML says what differs, `key.sub=value` overrides, unknown keys fail."""
+"""Frozen, typed configuration: YAML says what differs, `key.sub=value` overrides, typos fail."""
 
 import hashlib
 import json
@@ -87,7 +87,9 @@ def _set(data: dict[str, Any], override: str) -> None:
             here[part] = {}
         here = here[part]
         if not isinstance(here, dict | list):
-            raise ConfigError(f"{'.'.join(parents[: depth + 1])} is a value, so {key} cannot be set")
+            raise ConfigError(
+                f"{'.'.join(parents[: depth + 1])} is a value, so {key} cannot be set"
+            )
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:

@@ -16,7 +16,6 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, ValidationError
 from scipy import stats
-from statsmodels.stats.proportion import proportion_confint
 
 from azeotrope.config import Config
 
@@ -36,18 +35,18 @@ class Row(Config):
     role: Literal["teacher", "student", "suspect"]
     model: str = Field(description="short name of the checkpoint")
     defense: str = "none"
-    strength: float | None = Field(None, allow_inf_nan=False)
-    attack: str = Field("none", description="`none` is the base student")
+    strength: float | None = Field(default=None, allow_inf_nan=False)
+    attack: str = Field(default="none", description="`none` is the base student")
     cleanup: str = "none"
-    decoding: str = Field("greedy", description="`greedy` or `sampled@T`")
-    traces: int = Field(0, ge=0, description="how many traces the thief took")
+    decoding: str = Field(default="greedy", description="`greedy` or `sampled@T`")
+    traces: int = Field(default=0, ge=0, description="how many traces the thief took")
     task: str
     metric: str
     value: float = Field(allow_inf_nan=False)
     n: int = Field(ge=0, description="problems behind the value")
     ci95: tuple[float, float]
     seed: int = 0
-    seconds: float = Field(0.0, ge=0)
+    seconds: float = Field(default=0.0, ge=0)
 
 
 def results_document(run: Mapping[str, Any], rows: Sequence[Row]) -> dict[str, Any]:
@@ -107,8 +106,8 @@ def wilson(successes: int, n: int) -> tuple[float, float]:
     """
     if n < 1 or not 0 <= successes <= n:
         raise ValueError(f"a proportion needs 0 <= successes <= n and n > 0: {successes} of {n}")
-    low, high = proportion_confint(successes, n, alpha=0.05, method="wilson")
-    return float(low), float(high)
+    ends = stats.binomtest(successes, n).proportion_ci(0.95, method="wilson")
+    return float(ends.low), float(ends.high)
 
 
 def mcnemar_p(correct_a: Sequence[bool], correct_b: Sequence[bool]) -> float:

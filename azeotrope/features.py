@@ -126,7 +126,9 @@ def join(pairs: Sequence[FeaturePair]) -> FeatureBatch:
     )
 
 
-def pair_up(teacher: Sequence[Features], proxies: Sequence[Sequence[Features]]) -> list[FeaturePair]:
+def pair_up(
+    teacher: Sequence[Features], proxies: Sequence[Sequence[Features]]
+) -> list[FeaturePair]:
     """Match the features of several models by trace id.
 
     Raises:

@@ -22,9 +22,9 @@ AdjustLogits = Callable[[Tensor, list[list[int]]], Tensor]
 class Sampling(Config):
     """How completions are drawn."""
 
-    temperature: float = Field(1.0, ge=0.0, description="0 takes the most likely token")
-    top_p: float = Field(1.0, gt=0.0, le=1.0, description="nucleus: least mass kept")
-    max_new_tokens: int = Field(96, ge=1)
+    temperature: float = Field(default=1.0, ge=0.0, description="0 takes the most likely token")
+    top_p: float = Field(default=1.0, gt=0.0, le=1.0, description="nucleus: least mass kept")
+    max_new_tokens: int = Field(default=96, ge=1)
 
     @property
     def label(self) -> str:
@@ -169,6 +169,8 @@ def _choose(
         )
     cumulative = probabilities.cumsum(-1)
     goals = (draws * cumulative[:, -1]).unsqueeze(-1)
-    return torch.searchsorted(cumulative, goals, right=True).squeeze(-1).clamp(
-        max=logits.shape[-1] - 1
+    return (
+        torch.searchsorted(cumulative, goals, right=True)
+        .squeeze(-1)
+        .clamp(max=logits.shape[-1] - 1)
     )

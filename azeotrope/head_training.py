@@ -29,12 +29,14 @@ STATE = "search.safetensors"
 class UtilityFloor(Config):
     """The constraint: generated accuracy, greedy and sampled, as a share of the clean teacher's."""
 
-    share: float = Field(0.97, gt=0, le=1)
-    problems: int = Field(300, ge=1, description="held-out validation problems")
-    temperature: float = Field(1.0, gt=0, description="of the sampled check")
-    rounds: int = Field(8, ge=1)
-    raise_by: float = Field(1.5, ge=1, description="factor on the strength after a good round")
-    lower_by: float = Field(0.5, gt=0, lt=1, description="factor after a bad one")
+    share: float = Field(default=0.97, gt=0, le=1)
+    problems: int = Field(default=300, ge=1, description="held-out validation problems")
+    temperature: float = Field(default=1.0, gt=0, description="of the sampled check")
+    rounds: int = Field(default=8, ge=1)
+    raise_by: float = Field(
+        default=1.5, ge=1, description="factor on the strength after a good round"
+    )
+    lower_by: float = Field(default=0.5, gt=0, lt=1, description="factor after a bad one")
 
 
 class HeadTraining(Config):
@@ -49,7 +51,9 @@ class HeadTraining(Config):
         default_factory=UtilityFloor, description="null trains once, unconstrained, as published"
     )
     refreshes: int = Field(
-        1, ge=0, description="times the defended teacher writes new traces and training goes on"
+        default=1,
+        ge=0,
+        description="times the defended teacher writes new traces and training goes on",
     )
 
 

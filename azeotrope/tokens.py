@@ -23,10 +23,12 @@ Message = dict[str, str]
 class Boundary(Config):
     """Where reasoning ends and the answer begins (DOGe, arXiv:2505.19504, section 3)."""
 
-    open_tag: str = Field("<think>", description="opens the reasoning; may stand in the prompt")
-    close_tag: str = Field("</think>", description="closes the reasoning")
+    open_tag: str = Field(
+        default="<think>", description="opens the reasoning; may stand in the prompt"
+    )
+    close_tag: str = Field(default="</think>", description="closes the reasoning")
     answer_pattern: str = Field(
-        r"####|\\boxed|[Tt]he (?:final )?answer is:?|[Aa]nswer:",
+        default=r"####|\\boxed|[Tt]he (?:final )?answer is:?|[Aa]nswer:",
         description="regex for the first words of the answer, used when there are no tags",
     )
 

@@ -91,7 +91,7 @@ def ground_truth(task: Task, problems: Sequence[Problem]) -> list[Trace]:
             prompt_ids=(),
             completion_ids=(),
             finished=True,
-            correct=task.check(problem.solution, problem),
+            correct=task.check(problem.solution, problem.answer),
             model="ground_truth",
             defense="none",
             decoding="none",

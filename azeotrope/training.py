@@ -42,17 +42,19 @@ class NonFiniteLossError(ArithmeticError):
 class FitConfig(Config):
     """Optimisation settings. The defaults suit the pocket students."""
 
-    steps: int = Field(300, ge=1, description="optimizer steps")
-    batch_size: int = Field(16, ge=1, description="samples a step, over all ranks")
-    accumulation: int = Field(1, ge=1, description="micro-batches a step, on each rank")
-    learning_rate: float = Field(3e-3, gt=0)
-    warmup: float = Field(0.1, ge=0, lt=1, description="share of the steps with a rising rate")
+    steps: int = Field(default=300, ge=1, description="optimizer steps")
+    batch_size: int = Field(default=16, ge=1, description="samples a step, over all ranks")
+    accumulation: int = Field(default=1, ge=1, description="micro-batches a step, on each rank")
+    learning_rate: float = Field(default=3e-3, gt=0)
+    warmup: float = Field(
+        default=0.1, ge=0, lt=1, description="share of the steps with a rising rate"
+    )
     schedule: Literal["linear", "cosine", "constant"] = "linear"
-    weight_decay: float = Field(0.01, ge=0)
-    clip: float = Field(1.0, gt=0, description="greatest norm of the gradient")
+    weight_decay: float = Field(default=0.01, ge=0)
+    clip: float = Field(default=1.0, gt=0, description="greatest norm of the gradient")
     seed: int = 0
-    checkpoint_every: int = Field(100, ge=1, description="steps between checkpoints")
-    log_every: int = Field(10, ge=1)
+    checkpoint_every: int = Field(default=100, ge=1, description="steps between checkpoints")
+    log_every: int = Field(default=10, ge=1)
 
 
 @dataclass(frozen=True)
@@ -190,9 +192,7 @@ def rate_at(step: int, config: FitConfig) -> float:
     return 1.0 - share if config.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * share))
 
 
-def _normalise(
-    parameters: Sequence[nn.Parameter], count: int, clip: float, step: int
-) -> float:
+def _normalise(parameters: Sequence[nn.Parameter], count: int, clip: float, step: int) -> float:
     for parameter in parameters:
         if parameter.grad is not None:
             parameter.grad.div_(max(count, 1))

@@ -24,6 +24,46 @@ def pipeline(config: ConfigName, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def defend(config: ConfigName, overrides: Overrides = None) -> None:
+    """Train and export defended teachers, without attacking them."""
+    from workflows.defend import main as run
+
+    run(config, overrides or [])
+
+
+@app.command()
+def generate(config: ConfigName, overrides: Overrides = None) -> None:
+    """Let a teacher write traces to Parquet."""
+    from workflows.generate import main as run
+
+    run(config, overrides or [])
+
+
+@app.command()
+def attack(
+    config: ConfigName,
+    traces: Annotated[str, typer.Argument(help="a folder of trace files")],
+    overrides: Overrides = None,
+) -> None:
+    """Train students on traces that you have, and examine them."""
+    from workflows.attack import main as run
+
+    run(config, traces, overrides or [])
+
+
+@app.command()
+def evaluate(
+    config: ConfigName,
+    model: Annotated[str, typer.Argument(help="pocket/NAME, a checkpoint folder or a hub name")],
+    overrides: Overrides = None,
+) -> None:
+    """Examine any checkpoint on the test problems."""
+    from workflows.evaluate import main as run
+
+    run(config, model, overrides or [])
+
+
+@app.command()
 def doctor() -> None:
     """Say what is wrong with this machine, and how to mend it."""
     from workflows.doctor import main as run

@@ -160,7 +160,7 @@ def probe(names: Sequence[str], timeout_s: float = PROBE_TIMEOUT_S) -> dict[str,
         text = late.stdout.decode() if isinstance(late.stdout, bytes) else (late.stdout or "")
         # A slow disk is no fault, so what was not reached counts as importable.
         return dict.fromkeys(names) | _reports(text)
-    return {name: unheard for name in names} | _reports(text)
+    return dict.fromkeys(names, unheard) | _reports(text)
 
 
 def vllm(found: Mapping[str, str | None]) -> Finding:

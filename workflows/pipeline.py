@@ -24,7 +24,14 @@ from rich.table import Table
 from actors import session
 from actors.resources import Slots
 from azeotrope import __version__
-from azeotrope.evaluation import Row, Scored, repeats, results_document, summarise
+from azeotrope.evaluation import (
+    Row,
+    Scored,
+    read_results,
+    repeats,
+    results_document,
+    summarise,
+)
 from azeotrope.report import plain_words, result_table, write_report
 from azeotrope.traces import Trace, read_traces
 from workflows.display import Display
@@ -87,8 +94,13 @@ def run(config: ExperimentConfig, console: Console | None = None) -> Path:
     return folder
 
 
+def clean_teacher(config: ExperimentConfig, steps: Steps) -> Taught:
+    """What the undefended teacher writes."""
+    return Taught(None, *steps.traces(_teacher_requests(config, config.teacher, "none", ())))
+
+
 def _clean(config: ExperimentConfig, steps: Steps) -> tuple[Taught, dict[str, Stage]]:
-    """What the undefended teacher and the untaught students write."""
+    """What the undefended teacher and the untaught students write, in one pass."""
     requests = _teacher_requests(config, config.teacher, "none", ())
     for student in config.students:
         requests.append(
@@ -140,7 +152,7 @@ def _defend_and_rob(
         except BaseException:
             # Finished stages stay in the cache; those not yet started are not worth starting.
             threads.shutdown(wait=False, cancel_futures=True)
-            session.stop()
+            steps.stop()
             raise
 
 
@@ -158,18 +170,14 @@ def _student(steps: Steps, cell: Cell, source: Stage) -> Stage:
     return steps.student(cell.student, source, cell.traces, cell.cleanup, cell.seed, what)
 
 
-def defend(
-    config: ExperimentConfig, steps: Steps, choice: DefenseChoice, clean: Taught
-) -> Taught:
+def defend(config: ExperimentConfig, steps: Steps, choice: DefenseChoice, clean: Taught) -> Taught:
     """Apply a composition: heads first, then decoding adjustments, rewriting last."""
     parts = choice.resolve()
     teacher, heads = config.teacher, []
     for part in (item for item in parts if item.stage == "weights" and not item.is_identity):
         found, teacher = _train_heads(config, steps, choice, part.config.dump(), teacher, clean)
         heads += found
-    decoding = tuple(
-        p.config.dump() for p in parts if p.stage == "decoding" and not p.is_identity
-    )
+    decoding = tuple(p.config.dump() for p in parts if p.stage == "decoding" and not p.is_identity)
     if heads or decoding:
         requests = _teacher_requests(config, teacher, choice.label, decoding)
         traces, greedy, sampled = steps.traces(requests)
@@ -215,9 +223,7 @@ def _baseline_cells(config: ExperimentConfig) -> Iterator[Cell]:
             yield Cell(student, "none", 0.0, config.attack["name"], cleanup, config.traces, seed)
 
 
-def _defended_cells(
-    config: ExperimentConfig, choice: DefenseChoice, strength: float
-) -> list[Cell]:
+def _defended_cells(config: ExperimentConfig, choice: DefenseChoice, strength: float) -> list[Cell]:
     cells: list[Cell] = []
     attack = str(config.attack["name"])
     is_baseline = all(part["name"] == "answers_only" for part in choice.parts)
@@ -302,10 +308,9 @@ def _student_row(
     }
 
 
-def _measured(
-    traces: list[Trace], task: str, seconds: float, shown: dict[str, Any]
-) -> list[Row]:
-    scored = [
+def score(traces: list[Trace]) -> list[Scored]:
+    """What the statistics need to know of an exam."""
+    return [
         Scored(
             problem_id=trace.problem,
             correct=trace.correct,
@@ -315,9 +320,12 @@ def _measured(
         )
         for trace in traces
     ]
+
+
+def _measured(traces: list[Trace], task: str, seconds: float, shown: dict[str, Any]) -> list[Row]:
     return [
         Row(task=task, metric=metric, value=value, n=n, ci95=ci95, seconds=seconds, **shown)
-        for metric, (value, n, ci95) in summarise(scored).items()
+        for metric, (value, n, ci95) in summarise(score(traces)).items()
     ]
 
 
@@ -421,8 +429,6 @@ def show(folder: Path, rows: list[Row], console: Console) -> None:
 
 def main(name: str, overrides: list[str]) -> None:
     """What `azeotrope pipeline` runs."""
-    from azeotrope.evaluation import read_results
-
     console = Console()
     folder = run(load(name, overrides), console)
     show(folder, read_results(folder / "results.json"), console)

@@ -60,29 +60,39 @@ class ExperimentConfig(Config):
     boundary: Boundary = Field(default_factory=Boundary)
     teacher: str = "pocket/teacher"
     proxies: tuple[str, ...] = ("pocket/proxy-a", "pocket/proxy-b")
-    students: tuple[StudentConfig, ...] = (
-        StudentConfig(name="small", model="pocket/small"),
-    )
+    students: tuple[StudentConfig, ...] = (StudentConfig(name="small", model="pocket/small"),)
     sampling: Sampling = Field(default_factory=Sampling, description="how traces are drawn")
-    traces: int = Field(1000, ge=1, description="traces the thief takes in the main comparison")
-    head_traces: int | None = Field(
-        None, ge=1, description="traces a head is trained on; null takes as many as the thief"
+    traces: int = Field(
+        default=1000, ge=1, description="traces the thief takes in the main comparison"
     )
-    budgets: tuple[int, ...] = Field((), description="other numbers of traces, for the curve")
-    max_length: int = Field(160, ge=8, description="tokens of prompt and completion together")
+    head_traces: int | None = Field(
+        default=None,
+        ge=1,
+        description="traces a head is trained on; null takes as many as the thief",
+    )
+    budgets: tuple[int, ...] = Field(
+        default=(), description="other numbers of traces, for the curve"
+    )
+    max_length: int = Field(
+        default=160, ge=8, description="tokens of prompt and completion together"
+    )
     defenses: tuple[DefenseChoice, ...] = (
         DefenseChoice(parts=({"name": "doge"},)),
         DefenseChoice(parts=({"name": "answers_only"},)),
     )
     attack: dict[str, Any] = Field(default_factory=lambda: {"name": "text_sft"})
     cleanups: tuple[str, ...] = ("correct_only",)
-    exam_problems: int = Field(600, ge=1, description="test problems a student answers, greedily")
-    teacher_problems: int = Field(1000, ge=1, description="test problems the teacher answers")
-    seeds: tuple[int, ...] = Field((0,), min_length=1)
+    exam_problems: int = Field(
+        default=600, ge=1, description="test problems a student answers, greedily"
+    )
+    teacher_problems: int = Field(
+        default=1000, ge=1, description="test problems the teacher answers"
+    )
+    seeds: tuple[int, ...] = Field(default=(0,), min_length=1)
     save_students: bool = True
     resources: Resources = Field(default_factory=Resources)
-    runs: str = Field("runs", description="folder for results")
-    cache: str = Field("runs/cache", description="folder for stages, shared between runs")
+    runs: str = Field(default="runs", description="folder for results")
+    cache: str = Field(default="runs/cache", description="folder for stages, shared between runs")
 
     @field_validator("attack")
     @classmethod

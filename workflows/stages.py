@@ -52,7 +52,7 @@ class Cache:
     def __init__(self, root: Path) -> None:
         self.root = root.resolve()
 
-    def stage(self, name: str, **inputs: Any) -> Stage:
+    def stage(self, name: str, /, **inputs: Any) -> Stage:
         """The stage of this name that these inputs (plain data) decide."""
         description = {"stage": name, "version": VERSIONS[name], **inputs}
         key = digest(description)

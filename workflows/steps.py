@@ -1,7 +1,8 @@
 """The steps of an experiment, each a cached stage: traces, features, heads, students."""
 
 import json
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,6 @@ from azeotrope.defenses.base import Defense
 from azeotrope.generation import Sampling
 from azeotrope.head_training import HeadTraining
 from azeotrope.tasks import build as build_task
-from azeotrope.tokens import spans
 from azeotrope.traces import ground_truth, read_traces, write_traces
 from workflows.display import Display
 from workflows.settings import ExperimentConfig, StudentConfig
@@ -38,6 +38,10 @@ class Request:
     seed: int = 0
 
 
+class StoppedError(RuntimeError):
+    """This stage was not started because the run is ending."""
+
+
 class Steps:
     """Builds stages of one experiment; Ray starts with the first stage that is not in the cache."""
 
@@ -46,6 +50,12 @@ class Steps:
         self.cache = Cache(Path(config.cache))
         self.display = display
         self._fingerprints: dict[str, str] = {}
+        self._stopped = threading.Event()
+
+    def stop(self) -> None:
+        """Let no thread start another stage."""
+        self._stopped.set()
+        session.stop()
 
     # Traces ------------------------------------------------------------------------------
 
@@ -122,7 +132,7 @@ class Steps:
             changed = []
             for trace in read_traces(source.path):
                 text = defense.rewrite(trace.text, boundary)
-                right = trace.correct if text == trace.text else _right(task, text, trace.reference)
+                right = trace.correct if text == trace.text else task.check(text, trace.reference)
                 changed.append(trace.with_text(text, right))
             write_traces(folder / "0000000.parquet", changed)
 
@@ -249,6 +259,8 @@ class Steps:
             )
 
     def _ray(self) -> None:
+        if self._stopped.is_set():
+            raise StoppedError("another stage failed")
         with self.display.starting_ray():
             session.start(self.config.resources, offline=self._is_local)
 
@@ -272,11 +284,3 @@ def describe(stage: Stage, file: str) -> dict[str, Any]:
 def _check_shards(folder: Path) -> None:
     # Reading refuses ids that occur twice, within a shard and over all of them.
     read_traces(folder)
-
-
-def _right(task: Any, text: str, reference: str) -> bool:
-    return task.extract(text) == reference
-
-
-Make = Callable[[Path], None]
-__all__ = ["Request", "Steps", "describe", "spans"]

@@ -29,7 +29,9 @@ class AttackConfig(Config):
 
     name: str
     fit: FitConfig = Field(default_factory=FitConfig)
-    max_length: int = Field(256, ge=8, description="tokens of prompt and completion together")
+    max_length: int = Field(
+        default=256, ge=8, description="tokens of prompt and completion together"
+    )
 
 
 class Attack:

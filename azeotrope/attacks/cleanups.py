@@ -12,6 +12,7 @@ from azeotrope.traces import Trace
 
 Cleanup = Callable[[Sequence[Trace], Boundary], list[Trace]]
 
+
 def none(traces: Sequence[Trace], boundary: Boundary) -> list[Trace]:
     """Train on what was stolen as it is."""
     return list(traces)
@@ -31,9 +32,7 @@ def drop_reasoning(traces: Sequence[Trace], boundary: Boundary) -> list[Trace]:
 
 def digits(traces: Sequence[Trace], boundary: Boundary) -> list[Trace]:
     """Write number words as digits: what a thief does who has looked at the traces."""
-    return [
-        trace.with_text(digits_for_words(trace.text), trace.correct) for trace in traces
-    ]
+    return [trace.with_text(digits_for_words(trace.text), trace.correct) for trace in traces]
 
 
 _ALL: dict[str, Cleanup] = {f.__name__: f for f in (none, correct_only, drop_reasoning, digits)}

@@ -27,7 +27,7 @@ class DefenseConfig(Config):
     """What every defense can be told."""
 
     name: str
-    strength: float = Field(1.0, ge=0, description="0 is the identity")
+    strength: float = Field(default=1.0, ge=0, description="0 is the identity")
 
 
 class Head(nn.Module):

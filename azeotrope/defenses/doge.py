@@ -14,7 +14,7 @@ Reference: Li, Tan et al. 2025, "DOGe: Defensive Output Generation", arXiv:2505.
 from typing import Literal
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from pydantic import Field
 from torch import Tensor
@@ -31,18 +31,21 @@ class Config(DefenseConfig):
     """Defaults are the paper's but for the strength, whose scale depends on the reduction."""
 
     name: Literal["doge"] = "doge"
-    strength: float = Field(0.3, ge=0, description="lambda; 0 leaves the head as it is")
-    temperature: float = Field(2.0, gt=0, description="alpha in the paper; no factor alpha^2")
+    strength: float = Field(default=0.3, ge=0, description="lambda; 0 leaves the head as it is")
+    temperature: float = Field(
+        default=2.0, gt=0, description="alpha in the paper; no factor alpha^2"
+    )
     mask: Literal["reasoning", "none"] = Field(
-        "reasoning", description="which tokens are adversarial; `none` takes all, as released"
+        default="reasoning",
+        description="which tokens are adversarial; `none` takes all, as released",
     )
     reduction: Reduction = Field(
-        "sum",
+        default="sum",
         description="sum: both terms summed over tokens (Algorithm 1); token_mean: each divided "
         "by its own tokens; release: mean of the first, sum a sequence of the second",
     )
     clamp: float | None = Field(
-        None, gt=0, description="nats a token above which KL is not pushed further"
+        default=None, gt=0, description="nats a token above which KL is not pushed further"
     )
 
 
@@ -118,9 +121,7 @@ class Doge(Defense):
             kl = kl + self._divergence(logits, proxy, states[chosen].float())
         return ce, kl / len(proxies)
 
-    def _divergence(
-        self, logits: Tensor, proxy: ProxyHead, states: Tensor
-    ) -> Float[Tensor, ""]:
+    def _divergence(self, logits: Tensor, proxy: ProxyHead, states: Tensor) -> Float[Tensor, ""]:
         """sum_t min(KL(p_T || p_i), clamp) in nats, over the shared tokens."""
         shared = logits if proxy.is_whole else logits[:, proxy.teacher_ids]
         log_teacher = shared.log_softmax(-1)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from pydantic import Field
-from transformers import LlamaConfig, PreTrainedConfig, Qwen2Config
+from transformers import Olmo2Config, PreTrainedConfig, Qwen2Config
 
 from azeotrope.config import Config
 from azeotrope.pocket.tokenizer import Kind
@@ -19,8 +19,8 @@ class Phase(Config):
     """A stretch of pre-training on one mixture of problems."""
 
     fit: FitConfig
-    full: float = Field(0.0, description="share of problems with values above 10")
-    words: float = Field(0.0, description="share of reasoning in number words")
+    full: float = Field(default=0.0, description="share of problems with values above 10")
+    words: float = Field(default=0.0, description="share of reasoning in number words")
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Member:
 
     name: str
     role: Literal["teacher", "proxy", "student"]
-    architecture: Literal["qwen2", "llama"]
+    architecture: Literal["qwen2", "olmo2"]
     tokenizer: Kind
     layers: int
     hidden: int
@@ -38,7 +38,7 @@ class Member:
     phases: tuple[Phase, ...]
 
     def config(self, vocab: int, eos: int, bos: int, pad: int) -> PreTrainedConfig:
-        kind = Qwen2Config if self.architecture == "qwen2" else LlamaConfig
+        kind = Qwen2Config if self.architecture == "qwen2" else Olmo2Config
         return kind(
             vocab_size=vocab,
             hidden_size=self.hidden,
@@ -54,14 +54,14 @@ class Member:
         )
 
 
-def _base(seed: int) -> tuple[Phase, ...]:
+def _base(seed: int, steps: int = 1000) -> tuple[Phase, ...]:
     fit = FitConfig(
-        steps=1000, batch_size=32, learning_rate=4e-3, seed=seed, checkpoint_every=10_000
+        steps=steps, batch_size=32, learning_rate=4e-3, seed=seed, checkpoint_every=10_000
     )
     return (Phase(fit=fit),)
 
 
-def _teacher(steps: int, schedule: Literal["constant", "linear"], words: float, warmup: float):  # noqa: ANN202
+def _teacher(steps: int, schedule: Literal["constant", "linear"], words: float, warmup: float):
     fit = FitConfig(
         steps=steps,
         batch_size=48,
@@ -84,5 +84,5 @@ FAMILY: tuple[Member, ...] = (
     Member("proxy-b", "proxy", "qwen2", "word", 3, 96, 4, 256, _base(12)),
     Member("small", "student", "qwen2", "word", 2, 96, 4, 256, _base(21)),
     Member("large", "student", "qwen2", "word", 3, 128, 4, 320, _base(22)),
-    Member("other", "student", "llama", "pieces", 2, 128, 4, 320, _base(23)),
+    Member("other", "student", "olmo2", "pieces", 2, 128, 4, 320, _base(23, steps=1300)),
 )  # fmt: skip

@@ -13,7 +13,13 @@ from pathlib import Path
 from random import Random
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from azeotrope import heads, tokens
 from azeotrope.generation import Sampling, generate
@@ -76,7 +82,7 @@ def train(member: Member, folder: Path) -> None:
         "test_sampled": accuracy(loaded, "full", 1.0),
         "easy_greedy": accuracy(loaded, "easy", 0.0),
     }
-    save(loaded, folder)
+    save(Loaded(as_llama(model), tokenizer) if member.architecture == "qwen2" else loaded, folder)
     record = {
         "benchmark": VERSION,
         "member": member.name,
@@ -92,7 +98,28 @@ def train(member: Member, folder: Path) -> None:
     logger.info("%s %s", member.name, measured)
 
 
-def corpus(tokenizer, phase: Phase, seed: int) -> list[tokens.Example]:  # noqa: ANN001
+def as_llama(model: PreTrainedModel) -> PreTrainedModel:
+    """The same function written as a Llama with attention biases, bit for bit.
+
+    transformers 5 replaces the stored tokenizer of every `qwen2` checkpoint by Qwen's own, which
+    cannot read ours; a `llama` checkpoint keeps the tokenizer it was saved with. Qwen2 differs
+    from Llama only by the biases of its query, key and value projections.
+    """
+    fields = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+    fields += ("num_attention_heads", "num_key_value_heads", "max_position_embeddings")
+    fields += ("rms_norm_eps", "rope_parameters", "tie_word_embeddings")
+    fields += ("bos_token_id", "eos_token_id", "pad_token_id")
+    same = {name: getattr(model.config, name) for name in fields}
+    llama = LlamaForCausalLM(LlamaConfig(**same, attention_bias=True))
+    state = model.state_dict()
+    for name, value in llama.state_dict().items():
+        if name.endswith("o_proj.bias"):
+            state[name] = torch.zeros_like(value)
+    llama.load_state_dict(state)
+    return llama.eval()
+
+
+def corpus(tokenizer: PreTrainedTokenizerBase, phase: Phase, seed: int) -> list[tokens.Example]:
     """Fresh problems of the train split with reasoning in the phase's notations."""
     rng = Random(seed)
     streams = {

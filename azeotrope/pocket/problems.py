@@ -49,7 +49,7 @@ QUESTIONS = ("how many {things} does {name} have?", "how many {things} are there
 
 @dataclass(frozen=True)
 class PocketProblem:
-    """One word problem: `values[i]` is the count after `steps[:i]`, so `values[-1]` is the answer."""
+    """One word problem: `values[i]` is the count after `steps[:i]`; the last is the answer."""
 
     row: int
     question: str

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from fractions import Fraction
 
 _DIGITS = r"(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)"
-# A minus after a word or a closing bracket is a subtraction or a range, not a sign.
-_NUMBER = re.compile(rf"(?:(?<![\w)])[-−])?[$€£]?(?:(?<=[$€£])[-−])?{_DIGITS}")
+# A minus after a word or a closing bracket is a subtraction or a range, not a sign; \u2212 is the
+# minus that typesetting uses.
+_NUMBER = re.compile(rf"(?:(?<![\w)])[-\u2212])?[$€£]?(?:(?<=[$€£])[-\u2212])?{_DIGITS}")
 _UNITS = re.compile(r"[\s%°A-Za-z]*")
 _LINE = re.compile(r"####[ \t]*(\S[^\n]*)")
 _SENTENCE = re.compile(r"answer\s+is\s*:?\s*([^\n]+)", re.IGNORECASE)
@@ -60,7 +61,7 @@ def number(text: str) -> Fraction | None:
     match = _NUMBER.match(text)
     if match is None or not _UNITS.fullmatch(text[match.end() :].rstrip(".")):
         return None
-    return Fraction(re.sub(r"[,$€£]", "", match.group()).replace("−", "-"))
+    return Fraction(_bare(match.group()))
 
 
 def spell(text: str) -> str:
@@ -71,8 +72,12 @@ def spell(text: str) -> str:
     if value.denominator == 1:
         return str(value.numerator)
     match = _NUMBER.match(text.strip())
-    digits = re.sub(r"[,$€£]", "", match.group() if match else text).replace("−", "-")
-    return re.sub(r"^(-?)\.", r"\g<1>0.", digits.rstrip("0"))
+    digits = _bare(match.group() if match else text).rstrip("0")
+    return re.sub(r"^(-?)\.", r"\g<1>0.", digits)
+
+
+def _bare(text: str) -> str:
+    return re.sub(r"[,$€£]", "", text).replace("\u2212", "-")
 
 
 def _candidates(text: str) -> Iterator[str]:

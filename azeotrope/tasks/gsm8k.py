@@ -26,10 +26,10 @@ _EXPECTED = (
 class Gsm8kConfig(Config):
     name: Literal["gsm8k"] = "gsm8k"
     path: str | None = Field(
-        None, description=f"folder with train.jsonl and test.jsonl; none downloads {HUB}"
+        default=None, description=f"folder with train.jsonl and test.jsonl; none downloads {HUB}"
     )
     validation: int = Field(
-        500, ge=0, description="how many of the last train rows are the validation split"
+        default=500, ge=0, description="how many of the last train rows are the validation split"
     )
 
 
@@ -67,14 +67,14 @@ class Gsm8k:
         )
 
     def messages(self, question: str) -> list[Message]:
-        return [{"role": "user", "content": f"{question}\n\n{INSTRUCTION}"}]
+        return [{"role": "user", "content": question + "\n\n" + INSTRUCTION}]
 
     def extract(self, completion: str) -> str | None:
         return answers.extract(completion, numeric=True)
 
-    def check(self, completion: str, problem: Problem) -> bool:
+    def check(self, completion: str, answer: str) -> bool:
         given = self.extract(completion)
-        return given is not None and answers.same(given, problem.answer)
+        return given is not None and answers.same(given, answer)
 
 
 def build(config: Gsm8kConfig) -> Gsm8k:

@@ -22,7 +22,7 @@ class JsonlConfig(Config):
     name: Literal["jsonl"] = "jsonl"
     train: str = Field(description='JSONL file of {"question", "answer"[, "solution"]}')
     test: str = Field(description="the same, for problems nobody trains on")
-    validation: str | None = Field(None, description="the same, to choose settings with")
+    validation: str | None = Field(default=None, description="the same, to choose settings with")
 
 
 class Jsonl:
@@ -53,14 +53,14 @@ class Jsonl:
         return take(self._rows[split], count, skip, dataset=self.name, split=split)
 
     def messages(self, question: str) -> list[Message]:
-        return [{"role": "user", "content": f"{question}\n\n{INSTRUCTION}"}]
+        return [{"role": "user", "content": question + "\n\n" + INSTRUCTION}]
 
     def extract(self, completion: str) -> str | None:
         return answers.extract(completion, numeric=self._numeric)
 
-    def check(self, completion: str, problem: Problem) -> bool:
+    def check(self, completion: str, answer: str) -> bool:
         given = self.extract(completion)
-        return given is not None and answers.same(given, problem.answer)
+        return given is not None and answers.same(given, answer)
 
 
 def build(config: JsonlConfig) -> Jsonl:

@@ -21,7 +21,10 @@ _ANSWER = re.compile(r"####\s*(-?\d+)\s*$")
 class PocketConfig(Config):
     name: Literal["pocket"] = "pocket"
     slip: float = Field(
-        0.25, ge=0, le=1, description="share of wrong steps in the ground truth (cheap labels)"
+        default=0.25,
+        ge=0,
+        le=1,
+        description="share of wrong steps in the ground truth (cheap labels)",
     )
 
 
@@ -46,8 +49,8 @@ class Pocket:
         match = _ANSWER.search(completion)
         return match.group(1) if match else None
 
-    def check(self, completion: str, problem: Problem) -> bool:
-        return self.extract(completion) == problem.answer
+    def check(self, completion: str, answer: str) -> bool:
+        return self.extract(completion) == answer
 
 
 @lru_cache(maxsize=8)

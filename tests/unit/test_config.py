@@ -22,7 +22,8 @@ class Outer(Config):
 
 
 def test_an_unknown_key_is_named_with_the_allowed_ones() -> None:
-    with pytest.raises(ConfigError, match=r"unknown key 'ratee'; allowed: inner, maybe, parts, rate"):
+    message = "unknown key 'ratee'; allowed: inner, maybe, parts, rate"
+    with pytest.raises(ConfigError, match=message):
         build(Outer, {"ratee": 1})
 
 
@@ -127,7 +128,7 @@ def test_the_digest_is_stable_and_changes_with_every_value() -> None:
     # sha256 of {"a":1,"b":[1,2]}, first sixteen digits: stages on disk are named by it.
     assert digest({"a": 1, "b": [1, 2]}) == "8baa73198470c7bb"
     assert digest({"b": [1, 2], "a": 1}) == digest({"a": 1, "b": [1, 2]})
-    values = [{}, {"a": 1}, {"a": 1.5}, {"a": "1"}, {"a": [1]}, {"a": None}, {"b": 1}, [1, 2], [2, 1]]
+    values = [{}, {"b": 1}, [1, 2], [2, 1], *({"a": a} for a in (1, 1.5, "1", [1], None, True))]
     assert len({digest(value) for value in values}) == len(values)
     with pytest.raises(ValueError, match="JSON"):
         digest({"a": float("nan")})

@@ -124,9 +124,7 @@ def test_adjusted_logits_are_what_is_sampled_from(model) -> None:
         Sampling(temperature=1.0, top_p=0.5, max_new_tokens=4),
     ):
         seen.clear()
-        found = run(
-            model, PROMPTS[:2], sampling, eos=9, seeds=[0, 1], adjust_logits=force
-        )
+        found = run(model, PROMPTS[:2], sampling, eos=9, seeds=[0, 1], adjust_logits=force)
         assert found == [Completion((5, 5, 5, 5), False), Completion((5, 5, 9), True)]
         # It sees each active row's completion so far, without the prompt.
         assert seen == [[[], []], [[5], [5]], [[5, 5], [5, 5]], [[5, 5, 5]]]

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from azeotrope import heads
@@ -42,7 +42,9 @@ def test_chunked_cross_entropy_equals_dense(tokens: int, with_bias: bool) -> Non
 
 def test_a_head_of_zeros_costs_log_vocab_a_token() -> None:
     hidden, _, _, targets = tensors()
-    total, count = heads.cross_entropy(hidden, torch.zeros(VOCAB, HIDDEN), targets, budget=3 * VOCAB)
+    total, count = heads.cross_entropy(
+        hidden, torch.zeros(VOCAB, HIDDEN), targets, budget=3 * VOCAB
+    )
     assert total.item() == pytest.approx(count * math.log(VOCAB), rel=1e-6)
 
 

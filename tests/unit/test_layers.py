@@ -54,7 +54,7 @@ def test_the_check_sees_every_way_to_import() -> None:
         "importlib.import_module('actors.teacher')\n"
         "from . import ray\n"
     )
-    found = {name: line for name, line in imported(ast.parse(source))}
+    found = dict(imported(ast.parse(source)))
     assert found == {"ray": 1, "vllm": 3, "actors": 4}
 
 

@@ -103,8 +103,30 @@ def test_a_tied_head_stays_tied_when_saved(tied: models.Loaded, tmp_path: Path) 
     again = models.load(str(tmp_path), device="cpu")
     assert models.is_tied(again.model)
     assert torch.equal(logits(again), logits(tied))
-    assert again.tokenizer.get_vocab() == tied.tokenizer.get_vocab()
-    assert again.tokenizer.pad_token_id == again.tokenizer.eos_token_id == 2
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(
+            Qwen2Config,
+            marks=pytest.mark.xfail(
+                strict=True,
+                reason="AutoTokenizer gives every tokenizer of model type qwen2 its own splitting",
+            ),
+        ),
+        LlamaConfig,
+    ],
+)
+def test_a_tokenizer_reads_the_same_after_saving(
+    kind: type[PreTrainedConfig], word: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    config = kind(**{**SIZES, "vocab_size": len(word)})
+    models.save(models.Loaded(AutoModelForCausalLM.from_config(config), word), tmp_path)
+    again = models.load_tokenizer(str(tmp_path))
+    text = "joe has 12 eggs. <think> 12 + 3 = 15. </think> #### 15"
+    assert again(text).input_ids == word(text).input_ids
+    assert len(again) == len(word)
 
 
 def test_fingerprints_follow_the_weights(tied: models.Loaded, tmp_path: Path) -> None:
@@ -120,7 +142,7 @@ def test_fingerprints_follow_the_weights(tied: models.Loaded, tmp_path: Path) ->
 
 def test_lora_starts_as_the_identity_and_trains_only_itself(tied: models.Loaded) -> None:
     before = logits(tied)
-    lora = models.attach_lora(tied, rank=3, alpha=6, dropout=0.0)
+    lora = models.attach_lora(tied, rank=3, alpha=6.0, dropout=0.0)
     lora.model.eval()
     assert torch.equal(logits(lora), before)
     trained = [name for name, p in lora.model.named_parameters() if p.requires_grad]
@@ -131,10 +153,14 @@ def test_lora_starts_as_the_identity_and_trains_only_itself(tied: models.Loaded)
 
 def test_a_merged_lora_is_a_plain_model(tied: models.Loaded, tmp_path: Path) -> None:
     before = logits(tied)
-    lora = models.attach_lora(tied, rank=3, alpha=6, dropout=0.5)
+    lora = models.attach_lora(tied, rank=3, alpha=6.0, dropout=0.5)
     shake(lora, "lora_")
     lora.model.eval()
     expected = logits(lora)
+    with pytest.raises(ValueError, match="call merge_lora before saving"):
+        models.save(lora, tmp_path)
+    with pytest.raises(ValueError, match="has LoRA layers already"):
+        models.attach_lora(lora, rank=1, alpha=1.0)
     assert (expected - before).abs().max() > 1e-2
     merged = models.merge_lora(lora)
     torch.testing.assert_close(logits(merged), expected, atol=1e-5, rtol=0)
@@ -147,7 +173,7 @@ def test_a_merged_lora_is_a_plain_model(tied: models.Loaded, tmp_path: Path) -> 
 
 
 def test_lora_on_chosen_layers(tied: models.Loaded) -> None:
-    lora = models.attach_lora(tied, rank=2, alpha=2, dropout=0.0, targets=["q_proj"])
+    lora = models.attach_lora(tied, rank=2, alpha=2.0, dropout=0.0, targets=["q_proj"])
     trained = [name for name, p in lora.model.named_parameters() if p.requires_grad]
     assert len(trained) == 2 * SIZES["num_hidden_layers"]
     assert all("q_proj" in name for name in trained)
@@ -155,11 +181,11 @@ def test_lora_on_chosen_layers(tied: models.Loaded) -> None:
 
 def test_lora_refusals(tied: models.Loaded) -> None:
     with pytest.raises(ValueError, match="rank must be at least 1, got 0"):
-        models.attach_lora(tied, rank=0, alpha=1, dropout=0.0)
+        models.attach_lora(tied, rank=0, alpha=1.0, dropout=0.0)
     with pytest.raises(ValueError, match="has no LoRA to merge; call attach_lora first"):
         models.merge_lora(tied)
     with pytest.raises(ValueError, match="nowhere"):
-        models.attach_lora(tied, rank=1, alpha=1, dropout=0.0, targets=["nowhere"])
+        models.attach_lora(tied, rank=1, alpha=1.0, dropout=0.0, targets=["nowhere"])
 
 
 def test_resolve_says_what_was_expected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,7 +193,7 @@ def test_resolve_says_what_was_expected(tmp_path: Path, monkeypatch: pytest.Monk
         models.resolve("pocket/nothing")
     with pytest.raises(FileNotFoundError, match=r"expected a folder with config\.json"):
         models.resolve(str(tmp_path))
-    with pytest.raises(FileNotFoundError, match="no checkpoint at ./nowhere"):
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint at \./nowhere"):
         models.resolve("./nowhere")
     assert models.resolve("someone/some-model") == "someone/some-model"
 

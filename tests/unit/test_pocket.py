@@ -118,12 +118,12 @@ def test_reasoning_states_each_value_and_slips_carry_on() -> None:
     for clean, slipped in zip(
         task.problems("test", 100), slipping.problems("test", 100), strict=True
     ):
-        assert task.check(clean.solution, clean)
+        assert task.check(clean.solution, clean.answer)
         assert task.extract(clean.solution) == clean.answer
         # The stated answer is the last number of the reasoning, right or wrong.
         body, _, answer = slipped.solution.partition("</think>")
         assert answer.removeprefix(" #### ") == re.findall(r"\d+", body)[-1]
-        wrong += not task.check(slipped.solution, slipped)
+        wrong += not task.check(slipped.solution, slipped.answer)
     assert wrong > 50
 
 

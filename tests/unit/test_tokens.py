@@ -20,9 +20,7 @@ PAD, BOS, EOS = 0, 1, 2
 def bars() -> PreTrainedTokenizerFast:
     """A tokenizer that cuts at `|` only, so that a tag can lie inside a token."""
     words = ["<pad>", "<bos>", "<eos>", "<unk>", "|", "a", "b</think>c", "d", "q", "e"]
-    backend = Tokenizer(
-        models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>")
-    )
+    backend = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"\|"), behavior="isolated")
     made = PreTrainedTokenizerFast(
         tokenizer_object=backend,

@@ -1,0 +1,60 @@
+"""Train the experiment's students on a folder of traces that you have, and examine them.
+
+python -m workflows.attack pocket_demo path/to/traces
+"""
+
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from actors import session
+from azeotrope.config import digest
+from azeotrope.evaluation import wilson
+from azeotrope.traces import read_traces
+from workflows.display import Display
+from workflows.preflight import preflight
+from workflows.settings import ExperimentConfig, load
+from workflows.stages import Stage
+from workflows.steps import Steps
+
+
+def run(config: ExperimentConfig, folder: Path, console: Console) -> list[tuple[str, Stage]]:
+    """One trained student for each student kind, clean-up and seed.
+
+    Raises:
+        FileNotFoundError: if the folder has no traces.
+    """
+    traces = read_traces(folder)
+    preflight(config)
+    source = Stage("traces", digest([trace.id + trace.text for trace in traces]), folder, {})
+    take = min(config.traces, len(traces))
+    found: list[tuple[str, Stage]] = []
+    with Display(console) as display:
+        steps = Steps(config, display)
+        for seed in config.seeds:
+            for student in config.students:
+                for cleanup in ("none", *config.cleanups):
+                    stage = steps.student(student, source, take, cleanup, seed, folder.name)
+                    found.append((f"{student.name}, {cleanup}, seed {seed}", stage))
+    return found
+
+
+def main(name: str, traces: str, overrides: list[str]) -> None:
+    """What `azeotrope attack` runs."""
+    console = Console()
+    table = Table("student", "accuracy", "95 %", "checkpoint")
+    for label, stage in run(load(name, overrides), Path(traces).resolve(), console):
+        exam = read_traces(stage.path / "exam.parquet")
+        right = sum(trace.correct for trace in exam)
+        low, high = wilson(right, len(exam))
+        table.add_row(
+            label, f"{right / len(exam):.3f}", f"{low:.3f}-{high:.3f}", str(stage.path / "student")
+        )
+    console.print(table)
+    session.stop()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], sys.argv[3:])

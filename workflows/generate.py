@@ -1,0 +1,36 @@
+"""Let the teacher of an experiment, or any checkpoint, write traces to Parquet.
+
+python -m workflows.generate pocket_demo
+python -m workflows.generate pocket_demo teacher=path/to/checkpoint traces=5000
+"""
+
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from actors import session
+from workflows.display import Display
+from workflows.preflight import preflight
+from workflows.settings import ExperimentConfig, load
+from workflows.steps import Request, Steps
+
+
+def run(config: ExperimentConfig, console: Console) -> Path:
+    """Make `config.traces` traces of the train split; returns the folder of Parquet files."""
+    preflight(config)
+    with Display(console) as display:
+        request = Request(config.teacher, "teacher", "train", config.traces, config.sampling)
+        return Steps(config, display).traces([request])[0].path
+
+
+def main(name: str, overrides: list[str]) -> None:
+    """What `azeotrope generate` runs."""
+    console = Console()
+    folder = run(load(name, overrides), console)
+    console.print(f"traces: {folder}", soft_wrap=True)
+    session.stop()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2:])
