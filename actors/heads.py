@@ -1,6 +1,6 @@
 """What a Ray Train worker does to train a defended head from stored features."""
 
-import json
+import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -10,7 +10,7 @@ from pydantic import Field
 
 from azeotrope import models
 from azeotrope.collect import collect
-from azeotrope.config import Config
+from azeotrope.config import Config, write_json
 from azeotrope.defenses import base as defenses
 from azeotrope.defenses.base import Head
 from azeotrope.export import export, head_from, proxy_head_from, put_head
@@ -43,10 +43,10 @@ def run(
     state: Path,
     *,
     rank: int,
-    save: Callable[[int], None],
     progress: Callable[[int, int], None],
 ) -> None:
     """Train, export to `folder/teacher`, and describe the result in `folder/head.json`."""
+    started = time.perf_counter()
     job = HeadJob.model_validate(data)
     defense = defenses.resolve(job.defense)
     loaded = models.load(job.teacher)
@@ -72,7 +72,7 @@ def run(
         measure=measure,
         clean=clean,
         folder=state,
-        on_round=lambda this: (save(this.number), progress(this.number + 1, total)),
+        on_round=lambda this: progress(this.number + 1, total),
     )
     if rank != 0:
         return
@@ -88,8 +88,9 @@ def run(
         "rounds": [asdict(item) for item in result.rounds],
         "log": [[entry.step, entry.loss] for entry in result.log],
         "export": asdict(check),
+        "seconds": round(time.perf_counter() - started, 2),
     }
-    (folder / "head.json").write_text(json.dumps(described, indent=1))
+    write_json(folder / "head.json", described)
 
 
 def _features(folder: Path, proxies: int) -> list[FeaturePair]:

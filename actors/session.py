@@ -15,6 +15,8 @@ _QUIET = {
     # Train and Data write their own progress; the driver shows one bar for all of them.
     "RAY_BACKEND_LOG_LEVEL": "fatal",
     "RAY_TRAIN_METRICS_ENABLED": "0",
+    # Placement is checked beforehand; a worker may still wait for another stage to end.
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "3600",
     "RAY_DEDUP_LOGS": "1",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "TOKENIZERS_PARALLELISM": "false",

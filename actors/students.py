@@ -1,6 +1,6 @@
 """What a Ray Train worker does to train a student on stolen traces, and to examine it."""
 
-import json
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from azeotrope import models
 from azeotrope.attacks import base as attacks
 from azeotrope.attacks import cleanups
 from azeotrope.collect import collect
-from azeotrope.config import Config
+from azeotrope.config import Config, write_json
 from azeotrope.generation import Sampling
 from azeotrope.tasks import TaskConfig
 from azeotrope.tasks import build as build_task
@@ -55,10 +55,10 @@ def run(
     state: Path,
     *,
     rank: int,
-    save: Callable[[int], None],
     progress: Callable[[int, int], None],
 ) -> None:
-    """Train, write `student.json`, the exam's traces and, if asked, the weights."""
+    """Train, write the exam's traces, the weights if asked, and last of all `student.json`."""
+    started = time.perf_counter()
     job = StudentJob.model_validate(data)
     task = build_task(job.task)
     attack = attacks.resolve(job.attack)
@@ -79,7 +79,6 @@ def run(
         lambda items: attack.loss(student, items),
         config,
         checkpoint=state,
-        on_checkpoint=lambda step, _: save(step),
         on_step=lambda entry: progress(entry.step, config.steps),
         identify=lambda example: example.id,
     )
@@ -96,9 +95,10 @@ def run(
         "kept": len(kept),
         "steps": result.steps,
         "tokens": result.tokens,
+        "seconds": round(time.perf_counter() - started, 2),
         "log": [[entry.step, entry.loss] for entry in result.log],
     }
-    (folder / "student.json").write_text(json.dumps(described, indent=1))
+    write_json(folder / "student.json", described)
 
 
 def examine(

@@ -1,19 +1,20 @@
 """Ray Train runs: one worker loop around `fit`, for heads and for students.
 
 A run's name carries the hash of its whole configuration, because in Ray Train a name is a lineage:
-the same name resumes from its last checkpoint, after a worker's death and after the driver's.
+the same name with another configuration would take up the wrong run.
 """
 
 import json
 import os
 import shutil
-import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import ray.train
 import torch
-from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
 from actors import heads, students
@@ -22,41 +23,58 @@ from actors.resources import Resources
 Kind = Literal["head", "student"]
 FAILURE = "failure.txt"
 PROGRESS = "progress"
+FINISHED = {"head": "head.json", "student": "student.json"}
+STATE = "state"
 
 
 class TrainingError(RuntimeError):
     """A training run ended with an error of its own making: bad data, or a loss gone wrong."""
 
 
+@dataclass(frozen=True)
+class Task:
+    """One training: what to do, as plain data, and the folder that gets the results."""
+
+    label: str
+    job: dict[str, Any]
+    folder: str
+
+
 def train(
-    kind: Kind, job: dict[str, Any], *, name: str, folder: Path, resources: Resources
+    kind: Kind, tasks: Sequence[Task], *, name: str, storage: Path, resources: Resources
 ) -> None:
-    """Run one training to its end; results are in `folder` afterwards.
+    """Run trainings one after another in one group of workers; results are in their folders.
+
+    Starting workers costs more than teaching a tiny student, so one run takes a queue of them.
+    The state of the training in hand is in its folder, on storage that all workers see: whoever
+    is killed, the next attempt skips what is finished and goes on from the last saved step.
 
     Args:
-        job: a `HeadJob` or `StudentJob` as plain data.
-        name: the lineage; must change whenever the job does.
-        folder: where the workers write, on storage all of them see.
+        name: the lineage; must change whenever the tasks do.
+        storage: where Ray Train keeps its own records, and where progress is written.
 
     Raises:
-        TrainingError: if the job itself is at fault (no retry helps).
+        TrainingError: if a task itself is at fault (no retry helps).
         ray.train.TrainingFailedError: if workers died more often than allowed.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    failure = folder / FAILURE
-    failure.unlink(missing_ok=True)
+    for task in tasks:
+        Path(task.folder).mkdir(parents=True, exist_ok=True)
+        (Path(task.folder) / FAILURE).unlink(missing_ok=True)
     workers = resources.workers_per_head if kind == "head" else resources.workers_per_student
     asked = {"CPU": resources.cpus} | ({"GPU": resources.gpus} if resources.gpus else {})
     TorchTrainer(
         _loop,
-        train_loop_config={"kind": kind, "job": job, "folder": str(folder)},
+        train_loop_config={
+            "kind": kind,
+            "tasks": [asdict(task) for task in tasks],
+            "progress": str(storage / PROGRESS),
+        },
         scaling_config=ScalingConfig(
             num_workers=workers, use_gpu=resources.gpus > 0, resources_per_worker=asked
         ),
         run_config=RunConfig(
             name=name,
-            storage_path=str(folder / "train"),
-            checkpoint_config=CheckpointConfig(num_to_keep=1),
+            storage_path=str(storage),
             # A request that can never start is refused before this point; a controller that
             # still cannot place its workers must not retry for ever.
             failure_config=FailureConfig(
@@ -64,41 +82,54 @@ def train(
             ),
         ),
     ).fit()
-    if failure.is_file():
-        raise TrainingError(failure.read_text())
-    shutil.rmtree(folder / "train", ignore_errors=True)
-    (folder / PROGRESS).unlink(missing_ok=True)
+    for task in tasks:
+        failure = Path(task.folder) / FAILURE
+        if failure.is_file():
+            raise TrainingError(f"{task.label}: {failure.read_text()}")
+
+
+def is_finished(kind: Kind, folder: Path) -> bool:
+    """A task's description is the last file it writes."""
+    return (folder / FINISHED[kind]).is_file()
 
 
 def _loop(config: dict[str, Any]) -> None:
-    folder = Path(config["folder"])
-    context = ray.train.get_context()
-    rank = context.get_world_rank()
+    kind: Kind = config["kind"]
+    rank = ray.train.get_context().get_world_rank()
     if not torch.cuda.is_available():
         torch.set_num_threads(1)
-    state = Path(tempfile.mkdtemp(prefix="azeotrope-"))
-    try:
-        last = ray.train.get_checkpoint()
-        if last is not None:
-            with last.as_directory() as saved:
-                shutil.copytree(saved, state, dirs_exist_ok=True)
-
-        def save(step: int) -> None:
-            # Every rank must report equally often; the first one's files are the checkpoint.
-            checkpoint = Checkpoint.from_directory(state) if rank == 0 else None
-            ray.train.report({"step": step}, checkpoint=checkpoint)
-
-        def progress(done: int, total: int) -> None:
+    tasks = [Task(**item) for item in config["tasks"]]
+    work = heads.run if kind == "head" else students.run
+    for number, task in enumerate(tasks):
+        folder = Path(task.folder)
+        if is_finished(kind, folder):
+            continue
+        report = _Reporter(Path(config["progress"]), rank, number, len(tasks), task.label)
+        try:
+            work(task.job, folder, folder / STATE, rank=rank, progress=report)
+        except (ValueError, ArithmeticError) as error:
+            # Deterministic: another attempt would fail in the same way.
             if rank == 0:
-                temporary = folder / f".{PROGRESS}.tmp"
-                temporary.write_text(json.dumps([done, total]))
-                os.replace(temporary, folder / PROGRESS)
-
-        work = heads.run if config["kind"] == "head" else students.run
-        work(config["job"], folder, state, rank=rank, save=save, progress=progress)
-    except (ValueError, ArithmeticError) as error:
-        # Deterministic: another attempt would fail in the same way.
+                (folder / FAILURE).write_text(str(error))
+            return
         if rank == 0:
-            (folder / FAILURE).write_text(str(error))
-    finally:
-        shutil.rmtree(state, ignore_errors=True)
+            shutil.rmtree(folder / STATE, ignore_errors=True)
+        ray.train.report({"finished": number + 1})
+
+
+@dataclass(frozen=True)
+class _Reporter:
+    """Writes what a progress bar needs, from the first rank only."""
+
+    path: Path
+    rank: int
+    number: int
+    count: int
+    label: str
+
+    def __call__(self, done: int, total: int) -> None:
+        if self.rank == 0:
+            share = (self.number + done / total) / self.count
+            temporary = self.path.with_name(f".{self.path.name}.tmp")
+            temporary.write_text(json.dumps([share, f"{self.label} {done}/{total}"]))
+            os.replace(temporary, self.path)

@@ -30,15 +30,16 @@ def run(config: ExperimentConfig, folder: Path, console: Console) -> list[tuple[
     preflight(config)
     source = Stage("traces", digest([trace.id + trace.text for trace in traces]), folder, {})
     take = min(config.traces, len(traces))
-    found: list[tuple[str, Stage]] = []
     with Display(console) as display:
         steps = Steps(config, display)
-        for seed in config.seeds:
-            for student in config.students:
-                for cleanup in ("none", *config.cleanups):
-                    stage = steps.student(student, source, take, cleanup, seed, folder.name)
-                    found.append((f"{student.name}, {cleanup}, seed {seed}", stage))
-    return found
+        planned = [
+            steps.plan_student(student, source, take, cleanup, seed, folder.name)
+            for seed in config.seeds
+            for student in config.students
+            for cleanup in ("none", *config.cleanups)
+        ]
+        steps.students(planned)
+    return [(item.label, item.stage) for item in planned]
 
 
 def main(name: str, traces: str, overrides: list[str]) -> None:

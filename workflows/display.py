@@ -3,14 +3,15 @@
 import json
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import (
     BarColumn,
-    MofNCompleteColumn,
     Progress,
+    TaskID,
+    TaskProgressColumn,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -27,7 +28,7 @@ class Display:
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
-            MofNCompleteColumn(),
+            TaskProgressColumn(),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             console=self.console,
@@ -45,11 +46,6 @@ class Display:
     def say(self, text: str) -> None:
         self.console.print(text)
 
-    def overall(self, total: int) -> Callable[[int], None]:
-        """A bar over all stages of a workflow."""
-        task = self._progress.add_task("[bold]all stages", total=total)
-        return lambda done: self._progress.advance(task, done)
-
     @contextmanager
     def task(self, label: str, total: int) -> Iterator[Callable[[int], None]]:
         """A bar for work whose parts are counted as they finish."""
@@ -61,18 +57,15 @@ class Display:
 
     @contextmanager
     def watch(self, label: str, file: Path) -> Iterator[None]:
-        """A bar for a training run whose worker writes `[done, total]` to a file."""
-        task = self._progress.add_task(label, total=None)
+        """A bar for a training run whose worker writes `[share done, label]` to a file."""
+        task = self._progress.add_task(label, total=100)
         over = threading.Event()
 
         def poll() -> None:
             while not over.wait(POLL_S):
-                if file.is_file():
-                    try:
-                        done, total = json.loads(file.read_text())
-                    except (ValueError, OSError):
-                        continue
-                    self._progress.update(task, completed=done, total=total)
+                with suppress(ValueError, OSError):
+                    share, now = json.loads(file.read_text())
+                    self._progress.update(task, completed=int(100 * share), description=now)
 
         thread = threading.Thread(target=poll, daemon=True)
         thread.start()
@@ -92,7 +85,7 @@ class Display:
             yield
             self._ray_is_up = True
 
-    def _finish(self, task: int, label: str) -> None:
-        seconds = self._progress.tasks[self._progress.task_ids.index(task)].elapsed  # type: ignore[arg-type]
-        self._progress.remove_task(task)  # type: ignore[arg-type]
+    def _finish(self, task: TaskID, label: str) -> None:
+        seconds = self._progress.tasks[self._progress.task_ids.index(task)].elapsed
+        self._progress.remove_task(task)
         self.say(f"[dim]{label}: {seconds or 0:.0f} s[/dim]")

@@ -9,10 +9,9 @@ stage is cached: a run that was killed, or a run that shares stages with another
 what is there and ends with the same numbers.
 """
 
-import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +21,8 @@ from rich.console import Console
 from rich.table import Table
 
 from actors import session
-from actors.resources import Slots
 from azeotrope import __version__
+from azeotrope.config import write_json
 from azeotrope.evaluation import (
     Row,
     Scored,
@@ -38,9 +37,12 @@ from workflows.display import Display
 from workflows.preflight import preflight
 from workflows.settings import DefenseChoice, ExperimentConfig, StudentConfig, load
 from workflows.stages import Stage
-from workflows.steps import Request, Steps, describe
+from workflows.steps import Planned, Request, Steps, describe
 
 EXAMPLES = 12
+WIDTH = 150
+QUEUE = 9
+"""Students a Ray Train run teaches at most: few enough that no slot idles at the end."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ def run(config: ExperimentConfig, console: Console | None = None) -> Path:
     with Display(console) as display:
         steps = Steps(config, display)
         clean, base = _clean(config, steps)
-        taught, students = _defend_and_rob(config, steps, clean, display)
+        taught, students = _defend_and_rob(config, steps, clean)
         rows = _rows(config, clean, base, taught, students)
         _link_stages(folder, [clean.traces, *(t.traces for t in taught), *students.values()])
     _write_results(config, folder, rows, clean, taught, students)
@@ -124,50 +126,53 @@ def _teacher_requests(
 
 
 def _defend_and_rob(
-    config: ExperimentConfig, steps: Steps, clean: Taught, display: Display
+    config: ExperimentConfig, steps: Steps, clean: Taught
 ) -> tuple[list[Taught], dict[Cell, Stage]]:
     """Train heads and students side by side: a student starts as soon as its traces exist."""
     truth = steps.ground_truth(config.most_traces)
-    ready = [*_baseline_cells(config)]
-    students: dict[Cell, Future[Stage]] = {}
-    with ThreadPoolExecutor(max_workers=_width(config, steps)) as threads:
+    plans: dict[Cell, Planned] = {}
+    robberies: list[Future[None]] = []
+    width = _width(config, steps)
+    with ThreadPoolExecutor(max_workers=width) as threads:
 
-        def teach(cells: list[Cell], source: Stage) -> None:
-            for cell in cells:
-                students[cell] = threads.submit(_student, steps, cell, source)
+        def rob(cells: Sequence[Cell], sources: Sequence[Stage]) -> None:
+            new = [_plan(steps, *pair) for pair in zip(cells, sources, strict=True)]
+            plans.update(zip(cells, new, strict=True))
+            size = min(QUEUE, -(-len(new) // width))
+            for start in range(0, len(new), size):
+                robberies.append(threads.submit(steps.students, new[start : start + size]))
 
-        defended = [threads.submit(defend, config, steps, c, clean) for c in config.defenses]
         try:
-            for cell in ready:
-                teach([cell], truth if cell.attack == "sft_only" else clean.traces)
+            # Defenses first: what they write is what most students wait for.
+            defended = [threads.submit(defend, config, steps, c, clean) for c in config.defenses]
+            cells = list(_baseline_cells(config))
+            rob(cells, [truth if c.attack == "sft_only" else clean.traces for c in cells])
             taught = []
             for choice, future in zip(config.defenses, defended, strict=True):
-                result = future.result()
-                taught.append(result)
-                teach(_defended_cells(config, choice, result.strength), result.traces)
-            done, _ = wait(students.values(), return_when=FIRST_EXCEPTION)
-            for future in done:
-                future.result()
-            return taught, {cell: future.result() for cell, future in students.items()}
+                taught.append(future.result())
+                cells = _defended_cells(config, choice, taught[-1].strength)
+                rob(cells, [taught[-1].traces] * len(cells))
+            for done in wait(robberies, return_when=FIRST_EXCEPTION).done:
+                done.result()
         except BaseException:
             # Finished stages stay in the cache; those not yet started are not worth starting.
             threads.shutdown(wait=False, cancel_futures=True)
             steps.stop()
             raise
+    return taught, {cell: plan.stage for cell, plan in plans.items()}
 
 
 def _width(config: ExperimentConfig, steps: Steps) -> int:
-    """Threads that drive stages; each waits for Ray most of its time."""
+    """Trainings that run side by side; each thread waits for Ray most of its time."""
     if config.resources.num_cpus is None and not os.environ.get("RAY_ADDRESS"):
         cpus = os.cpu_count() or 1
         return max(1, int(cpus // (config.resources.cpus * config.resources.workers_per_student)))
-    steps._ray()
-    return Slots.of(config.resources).students(config.resources)
+    return steps.width()
 
 
-def _student(steps: Steps, cell: Cell, source: Stage) -> Stage:
+def _plan(steps: Steps, cell: Cell, source: Stage) -> Planned:
     what = cell.attack if cell.attack == "sft_only" else f"{cell.defense} {cell.attack}"
-    return steps.student(cell.student, source, cell.traces, cell.cleanup, cell.seed, what)
+    return steps.plan_student(cell.student, source, cell.traces, cell.cleanup, cell.seed, what)
 
 
 def defend(config: ExperimentConfig, steps: Steps, choice: DefenseChoice, clean: Taught) -> Taught:
@@ -216,8 +221,8 @@ def _train_heads(
 
 def _baseline_cells(config: ExperimentConfig) -> Iterator[Cell]:
     for seed, student in _each(config):
+        yield Cell(student, "none", 0.0, "sft_only", "none", config.traces, seed)
         for traces in _budgets(config):
-            yield Cell(student, "none", 0.0, "sft_only", "none", traces, seed)
             yield Cell(student, "none", 0.0, config.attack["name"], "none", traces, seed)
         for cleanup in config.cleanups:
             yield Cell(student, "none", 0.0, config.attack["name"], cleanup, config.traces, seed)
@@ -408,11 +413,10 @@ def _link_stages(folder: Path, stages: list[Stage]) -> None:
             link.symlink_to(os.path.relpath(stage.path, links))
 
 
-def write_json(path: Path, data: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n")
-    os.replace(temporary, path)
+def wide_console() -> Console:
+    """A terminal keeps its width; a log file gets one that holds the table."""
+    console = Console()
+    return console if console.is_terminal else Console(width=WIDTH)
 
 
 def show(folder: Path, rows: list[Row], console: Console) -> None:
@@ -423,13 +427,13 @@ def show(folder: Path, rows: list[Row], console: Console) -> None:
         table.add_row(*line)
     console.print(table)
     for sentence in plain_words(rows):
-        console.print(f"- {sentence}")
-    console.print(f"report: {folder / 'report.html'}")
+        console.print(f"- {sentence}", markup=False)
+    console.print(f"report: {folder / 'report.html'}", soft_wrap=True)
 
 
 def main(name: str, overrides: list[str]) -> None:
     """What `azeotrope pipeline` runs."""
-    console = Console()
+    console = wide_console()
     folder = run(load(name, overrides), console)
     show(folder, read_results(folder / "results.json"), console)
     session.stop()

@@ -8,7 +8,8 @@ A killed build leaves its hidden folder, and the next attempt goes on from there
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,20 +64,33 @@ class Cache:
 
         Whoever comes second while a stage is being made waits for it.
         """
-        if stage.is_done:
-            return stage
-        self.root.mkdir(parents=True, exist_ok=True)
-        with FileLock(self.root / f".{stage.path.name}.lock"):
-            if stage.is_done:
-                return stage
-            started = time.perf_counter()
-            stage.partial.mkdir(exist_ok=True)
-            make(stage.partial)
-            record = {
-                "seconds": round(time.perf_counter() - started, 2),
-                "azeotrope": __version__,
-                "inputs": stage.description,
-            }
-            (stage.partial / RECORD).write_text(json.dumps(record, indent=1))
-            os.replace(stage.partial, stage.path)
+        started = time.perf_counter()
+        with self.claim([stage]) as missing:
+            for item in missing:
+                make(item.partial)
+                self.finish(item, time.perf_counter() - started)
         return stage
+
+    @contextmanager
+    def claim(self, stages: Sequence[Stage]) -> Iterator[list[Stage]]:
+        """Lock the stages that do not exist yet, and give back those that still do not."""
+        missing = [stage for stage in stages if not stage.is_done]
+        with ExitStack() as locks:
+            # One order for everybody, so that two processes never wait for each other.
+            for stage in sorted(missing, key=lambda item: item.path.name):
+                self.root.mkdir(parents=True, exist_ok=True)
+                locks.enter_context(FileLock(self.root / f".{stage.path.name}.lock"))
+            missing = [stage for stage in missing if not stage.is_done]
+            for stage in missing:
+                stage.partial.mkdir(exist_ok=True)
+            yield missing
+
+    def finish(self, stage: Stage, seconds: float) -> None:
+        """Record the stage and give it its name; from now on it exists."""
+        record = {
+            "seconds": round(seconds, 2),
+            "azeotrope": __version__,
+            "inputs": stage.description,
+        }
+        (stage.partial / RECORD).write_text(json.dumps(record, indent=1))
+        os.replace(stage.partial, stage.path)

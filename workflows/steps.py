@@ -1,6 +1,7 @@
 """The steps of an experiment, each a cached stage: traces, features, heads, students."""
 
 import json
+import shutil
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,9 +12,11 @@ from actors import pool, session, trainer
 from actors.generator import SHARD, GenerationJob, GenerationWorker
 from actors.heads import HeadJob
 from actors.proxy import ProxyActor
+from actors.resources import Slots
 from actors.students import StudentJob
 from actors.teacher import FeatureJob, TeacherActor
 from azeotrope import models
+from azeotrope.config import digest
 from azeotrope.defenses.base import Defense
 from azeotrope.generation import Sampling
 from azeotrope.head_training import HeadTraining
@@ -36,6 +39,19 @@ class Request:
     defense: str = "none"
     decoding: tuple[dict[str, Any], ...] = ()
     seed: int = 0
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A training that a stage needs."""
+
+    stage: Stage
+    job: dict[str, Any]
+    label: str
+
+    @property
+    def task(self) -> trainer.Task:
+        return trainer.Task(self.label, self.job, str(self.stage.partial))
 
 
 class StoppedError(RuntimeError):
@@ -74,7 +90,7 @@ class Steps:
                 pool.run_jobs(texts, chain, self.config.resources, on_done=advance)
         for _, stage in missing.values():
             # The shards are in place; what is left is to check and to rename.
-            self.cache.build(stage, lambda folder: _check_shards(folder))
+            self.cache.build(stage, _check_shards)
         return stages
 
     def _trace_stage(self, request: Request) -> Stage:
@@ -196,28 +212,25 @@ class Steps:
             "max_new_tokens": config.sampling.max_new_tokens,
         }
         stage = self.cache.stage("head", **described)
-
-        def make(folder: Path) -> None:
-            job = HeadJob(
-                teacher=models.resolve(teacher),
-                clean=models.resolve(config.teacher),
-                proxies=tuple(models.resolve(name) for name in config.proxies),
-                defense=defense,
-                training=training,
-                features=str(features.path),
-                task=config.task,
-                max_new_tokens=config.sampling.max_new_tokens,
-            )
-            self._train("head", job.dump(), stage, folder, f"head: {defense['name']}")
-
-        return self.cache.build(stage, make)
+        job = HeadJob(
+            teacher=models.resolve(teacher),
+            clean=models.resolve(config.teacher),
+            proxies=tuple(models.resolve(name) for name in config.proxies),
+            defense=defense,
+            training=training,
+            features=str(features.path),
+            task=config.task,
+            max_new_tokens=config.sampling.max_new_tokens,
+        )
+        self._train("head", [Planned(stage, job.dump(), f"head: {defense['name']}")])
+        return stage
 
     # Students ----------------------------------------------------------------------------
 
-    def student(
+    def plan_student(
         self, student: StudentConfig, source: Stage, take: int, cleanup: str, seed: int, what: str
-    ) -> Stage:
-        """A student trained on the first `take` traces of a stage, with its exam."""
+    ) -> Planned:
+        """A student to be trained on the first `take` traces of a stage, and examined."""
         config = self.config
         job = StudentJob(
             model=models.resolve(student.model),
@@ -236,27 +249,45 @@ class Steps:
         )
         places = {"model": self._fingerprint(student.model), "traces": source.key}
         stage = self.cache.stage("student", **{**job.dump(), **places})
+        label = f"{student.name}, {what}, {take} traces, {cleanup}, seed {seed}"
+        return Planned(stage, job.dump(), label)
 
-        def make(folder: Path) -> None:
-            label = f"{student.name} {what} n={take} {cleanup} seed {seed}"
-            self._train("student", job.dump(), stage, folder, label)
-
-        return self.cache.build(stage, make)
+    def students(self, planned: Sequence[Planned]) -> None:
+        """Train students one after another in one Ray Train run."""
+        self._train("student", planned)
 
     # -------------------------------------------------------------------------------------
 
-    def _train(
-        self, kind: trainer.Kind, job: dict[str, Any], stage: Stage, folder: Path, label: str
-    ) -> None:
-        with self.display.watch(label, folder / trainer.PROGRESS):
-            self._ray()
-            trainer.train(
-                kind,
-                job,
-                name=f"{kind}-{stage.key}",
-                folder=folder,
-                resources=self.config.resources,
-            )
+    def _train(self, kind: trainer.Kind, planned: Sequence[Planned]) -> None:
+        with self.cache.claim([item.stage for item in planned]) as missing:
+            keys = {stage.key for stage in missing}
+            waiting = [item for item in planned if item.stage.key in keys]
+            if not waiting:
+                return
+            name = f"{kind}-{digest(sorted(keys))}"
+            storage = self.cache.root / f".train-{name}"
+            storage.mkdir(exist_ok=True)
+            try:
+                with self.display.watch(waiting[0].label, storage / trainer.PROGRESS):
+                    self._ray()
+                    tasks = [i.task for i in waiting]
+                    trainer.train(
+                        kind, tasks, name=name, storage=storage, resources=self.config.resources
+                    )
+            finally:
+                # What is whole is kept, whatever became of the rest.
+                for item in waiting:
+                    if trainer.is_finished(kind, item.stage.partial):
+                        described = json.loads(
+                            (item.stage.partial / trainer.FINISHED[kind]).read_text()
+                        )
+                        self.cache.finish(item.stage, described["seconds"])
+                shutil.rmtree(storage, ignore_errors=True)
+
+    def width(self) -> int:
+        """Students that train side by side on this cluster."""
+        self._ray()
+        return Slots.of(self.config.resources).students(self.config.resources)
 
     def _ray(self) -> None:
         if self._stopped.is_set():
