@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import Field
 
+from actors.generator import SHARD
 from azeotrope import models
 from azeotrope.collect import collect
 from azeotrope.config import Config, write_json
@@ -35,6 +36,7 @@ class HeadJob(Config):
     features: str
     task: TaskConfig
     max_new_tokens: int
+    shard: int = Field(default=SHARD, ge=1, description="problems answered side by side")
 
 
 def run(
@@ -56,7 +58,10 @@ def run(
         for name in job.proxies
     )
     total = job.training.floor.rounds if job.training.floor else 1
-    clean = _measure(models.load(job.clean), job) if job.training.floor else None
+    clean = None
+    if job.training.floor:
+        # In the first pass the undefended teacher is the one that is loaded.
+        clean = _measure(loaded if job.clean == job.teacher else models.load(job.clean), job)
 
     def measure(candidate: Head) -> Utility:
         put_head(loaded, candidate)
@@ -107,6 +112,9 @@ def _measure(loaded: models.Loaded, job: HeadJob) -> Utility:
     rates: list[float] = []
     for temperature in (0.0, floor.temperature):
         sampling = Sampling(temperature=temperature, max_new_tokens=job.max_new_tokens)
-        traces = collect(loaded, task, problems, sampling)
-        rates.append(sum(trace.correct for trace in traces) / len(traces))
+        right = 0
+        for start in range(0, len(problems), job.shard):
+            traces = collect(loaded, task, problems[start : start + job.shard], sampling)
+            right += sum(trace.correct for trace in traces)
+        rates.append(right / len(problems))
     return Utility(*rates)

@@ -22,6 +22,7 @@ _QUIET = {
     "TOKENIZERS_PARALLELISM": "false",
 }
 _WORKER_ENV = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+_PASSED_ON = ("AZEOTROPE_DATA",)
 
 
 class RayStartError(RuntimeError):
@@ -43,6 +44,8 @@ def start(resources: Resources, *, offline: bool) -> None:
         os.environ.setdefault(key, value)
     env = dict(_WORKER_ENV) if offline else {k: v for k, v in _WORKER_ENV.items() if k[:2] != "HF"}
     root = str(Path(__file__).resolve().parent.parent)
+    # A cluster that runs already has the environment it was started in, not this one.
+    env |= {key: os.environ[key] for key in _PASSED_ON if key in os.environ}
     env["PYTHONPATH"] = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH")) if p)
     runtime_env = {"env_vars": env}
     address = os.environ.get("RAY_ADDRESS")

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import Field
 
 from azeotrope import models
@@ -62,9 +63,13 @@ def run(
     job = StudentJob.model_validate(data)
     task = build_task(job.task)
     attack = attacks.resolve(job.attack)
-    student = models.load(job.model)
+    # What is trained is float32 everywhere: steps are smaller than what bfloat16 tells apart.
+    student = models.load(job.model, dtype=torch.float32 if job.lora is None else None)
     if job.lora is not None:
         student = models.attach_lora(student, job.lora.rank, job.lora.alpha, job.lora.dropout)
+        for parameter in student.model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
     stolen = read_traces(Path(job.traces))[: job.take]
     kept = cleanups.resolve(job.cleanup)(stolen, job.boundary)
     if not kept:

@@ -59,6 +59,7 @@ def build(
     # YAML reads some plain words as dates; they go back to being words.
     merged = json.loads(json.dumps(dict(data), default=str))
     for override in overrides:
+        _start_from_default(kind, merged, override)
         _set(merged, override)
     try:
         return kind.model_validate(merged)
@@ -72,6 +73,21 @@ def digest(value: Any) -> str:
     """Sixteen hexadecimal digits that change whenever the plain data does."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _start_from_default(kind: type[BaseModel], data: dict[str, Any], override: str) -> None:
+    """Put the default in place of a list, or the kind of a union, of which a part is overridden."""
+    first, *rest = override.partition("=")[0].split(".")
+    field = kind.model_fields.get(first)
+    if not rest or first in data or field is None:
+        return
+    default = field.get_default(call_default_factory=True)
+    if isinstance(default, tuple | list):
+        data[first] = [item.dump() if isinstance(item, Config) else item for item in default]
+    elif isinstance(default, dict):
+        data[first] = dict(default)
+    elif isinstance(field.discriminator, str):
+        data[first] = {field.discriminator: getattr(default, field.discriminator)}
 
 
 def _set(data: dict[str, Any], override: str) -> None:
@@ -121,25 +137,23 @@ def _explain(kind: type[BaseModel], item: Any) -> str:
 
 def _allowed(kind: type[BaseModel], path: Sequence[Any]) -> list[str]:
     """The fields of the nested model that an error path points into."""
-    here: Any = kind
+    here = [kind]
     for part in path:
         if isinstance(part, int):
             continue
-        field = getattr(here, "model_fields", {}).get(part)
-        if field is None:
-            return []
-        here = _model_in(field.annotation)
-    return sorted(getattr(here, "model_fields", {}))
+        fields = [model.model_fields[part] for model in here if part in model.model_fields]
+        if fields:
+            here = [model for field in fields for model in _models_in(field.annotation)]
+        else:
+            # Where there are several kinds, a path names the one that was chosen.
+            here = [m for m in here if part in [f.default for f in m.model_fields.values()]]
+    return sorted({name for model in here for name in model.model_fields})
 
 
-def _model_in(annotation: Any) -> Any:
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    for inner in getattr(annotation, "__args__", ()):
-        found = _model_in(inner)
-        if found is not None:
-            return found
-    return None
+        return [annotation]
+    return [m for inner in getattr(annotation, "__args__", ()) for m in _models_in(inner)]
 
 
 def write_json(path: Path, data: Any) -> None:

@@ -60,7 +60,8 @@ def export(loaded: Loaded, head: Head, folder: Path, prompts: list[list[int]]) -
         ExportError: if any of these does not hold; the folder must then not be served.
     """
     before = {
-        name: value.clone()
+        # Kept in main memory: a GPU that holds the model twice need not hold it three times.
+        name: value.to("cpu", copy=True)
         for name, value in loaded.model.state_dict().items()
         if not _is_head(loaded, name)
     }
@@ -95,7 +96,7 @@ def _is_head(loaded: Loaded, name: str) -> bool:
 def _check_trunk(before: dict[str, torch.Tensor], again: Loaded, folder: Path) -> None:
     after = again.model.state_dict()
     for name, value in before.items():
-        if name not in after or not torch.equal(value, after[name]):
+        if name not in after or not torch.equal(value, after[name].cpu()):
             raise ExportError(f"{folder} holds another {name} than the teacher's frozen trunk")
 
 

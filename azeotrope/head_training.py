@@ -11,9 +11,10 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -24,6 +25,15 @@ from azeotrope.features import FeaturePair, join
 from azeotrope.training import FitConfig, LogEntry, TokenSum, fit
 
 STATE = "search.safetensors"
+
+
+_FIT: dict[str, Any] = {
+    "steps": 100,
+    "batch_size": 16,
+    "learning_rate": 3e-3,
+    "schedule": "cosine",
+    "weight_decay": 0.01,
+}
 
 
 class UtilityFloor(Config):
@@ -42,11 +52,7 @@ class UtilityFloor(Config):
 class HeadTraining(Config):
     """How long and how carefully a head is trained."""
 
-    fit: FitConfig = Field(
-        default_factory=lambda: FitConfig(
-            steps=100, batch_size=16, learning_rate=3e-3, schedule="cosine", weight_decay=0.01
-        )
-    )
+    fit: FitConfig = Field(default_factory=lambda: FitConfig.model_validate(_FIT))
     floor: UtilityFloor | None = Field(
         default_factory=UtilityFloor, description="null trains once, unconstrained, as published"
     )
@@ -55,6 +61,12 @@ class HeadTraining(Config):
         ge=0,
         description="times the defended teacher writes new traces and training goes on",
     )
+
+    @field_validator("fit", mode="before")
+    @classmethod
+    def _keep_the_rest(cls, given: Any) -> Any:
+        """Who names one setting keeps the others of a head, not those of a student."""
+        return {**_FIT, **given} if isinstance(given, dict) else given
 
 
 @dataclass(frozen=True)

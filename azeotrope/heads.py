@@ -16,8 +16,8 @@ from transformers import PreTrainedModel
 from azeotrope.tokens import Batch
 from azeotrope.training import TokenSum
 
-LOGITS_BUDGET = 1 << 24
-"""Greatest number of logits alive at once: 64 MB in float32."""
+LOGITS_BUDGET = 1 << 25
+"""Greatest number of logits alive at once: 128 MB in float32."""
 
 
 def chunk_size(vocab: int, budget: int = LOGITS_BUDGET) -> int:

@@ -34,17 +34,31 @@ class Loaded:
 
 
 def resolve(name: str) -> str:
-    """The folder or hub name behind a model's name; `pocket/NAME` is a checkpoint shipped here.
+    """The folder or hub name behind a model's name.
+
+    `pocket/NAME` is a checkpoint shipped here; `smollm2` and `smollm2:LAYERS` are converted once
+    from an installed package, which the workflows do before anything else.
 
     Raises:
         FileNotFoundError: if a pocket model or a folder does not exist, or holds no checkpoint.
+        ValueError: if `smollm2:LAYERS` asks for layers that the model does not have.
     """
+    from azeotrope import smollm2  # it imports this module
+
     if name.startswith("pocket/"):
         folder = POCKET / name.removeprefix("pocket/")
         if not (folder / "config.json").is_file():
             known = sorted(path.parent.name for path in POCKET.glob("*/config.json"))
             raise FileNotFoundError(
                 f"no pocket model {name!r}; there are {', '.join('pocket/' + k for k in known)}"
+            )
+        return str(folder)
+    if smollm2.is_name(name):
+        folder = smollm2.folder_of(name)
+        if not (folder / "config.json").is_file():
+            raise FileNotFoundError(
+                f"{name} is not converted yet: there is no checkpoint in {folder}; every workflow "
+                "converts it when it starts, and azeotrope.smollm2.ensure does it from Python"
             )
         return str(folder)
     path = Path(name).expanduser()

@@ -322,6 +322,57 @@ def _teacher_cell(index: _Index, line: Line, *, greedy: bool) -> str:
     return f"{100 * mean_accuracy(measured).value:.1f} %" if measured else "-"
 
 
+def teacher_table(rows: Sequence[Row]) -> list[list[str]]:
+    """The teacher's own accuracy, its header first: one line a defense and decoding."""
+    table = [["task", "defense", "decoding", "problems", "accuracy"]]
+    for row in _teacher_rows(rows):
+        shown = percent(Estimate(row.value, *row.ci95))
+        table.append([row.task, _defense_cell(row), row.decoding, str(row.n), shown])
+    return table
+
+
+def _teacher_rows(rows: Sequence[Row]) -> list[Row]:
+    return [row for row in rows if row.role == "teacher" and row.metric == "accuracy"]
+
+
+def _defense_cell(row: Row) -> str:
+    bare = row.strength is None or row.defense == "none"
+    return row.defense if bare else f"{row.defense} ({row.strength:g})"
+
+
+def _teacher_words(rows: Sequence[Row]) -> list[str]:
+    """What a run without students shows, and what it cannot show."""
+    teachers = _teacher_rows(rows)
+    if not teachers:
+        return []
+    clean = {(row.task, row.decoding): row for row in teachers if row.defense == "none"}
+    sentences = [
+        "No student was trained in this run, so it does not show what a defense takes from a "
+        "thief; it shows what the teacher itself can still do."
+    ]
+    for row in teachers:
+        right = f"{round(row.value * row.n)} of {row.n} problems"
+        shown = f"{row.decoding}: {right}, {percent(Estimate(row.value, *row.ci95))}"
+        if row.defense == "none":
+            sentences.append(f"The undefended teacher solves, {shown}.")
+            continue
+        words = f"With {_defense_cell(row)} it solves, {shown}."
+        if row.strength == 0:
+            words += " At strength 0 it is the undefended teacher."
+        before = clean.get((row.task, row.decoding))
+        if before is not None:
+            words += f" {_kept_words(before, row)}"
+        sentences.append(words)
+    return sentences
+
+
+def _kept_words(clean: Row, defended: Row) -> str:
+    kept = utility_kept([Accuracy(clean.value, clean.n)], [Accuracy(defended.value, defended.n)])
+    if not kept.defined:
+        return "The undefended one solves none, so what was kept cannot be said."
+    return _utility_words(kept)
+
+
 def degeneracy_table(rows: Sequence[Row], traces: int | None = None) -> list[list[str]]:
     """Means over seeds of how completions end, header first; empty if nobody measured it."""
     index = _Index(rows, traces)
@@ -370,7 +421,12 @@ def other_table(rows: Sequence[Row]) -> list[list[str]]:
 
 
 def plain_words(rows: Sequence[Row], traces: int | None = None) -> list[str]:
-    """What was found, a few sentences for each student and defense."""
+    """What was found, a few sentences for each student and defense.
+
+    Without a student there is nothing to say of thieves, so the teacher is described instead.
+    """
+    if not any(row.role == "student" for row in rows):
+        return _teacher_words(rows)
     found = headline(rows, traces)
     by_line = {item.line: item for item in found}
     sentences = []
@@ -495,11 +551,12 @@ def write_report(folder: Path) -> Path:
     page = environment.get_template(TEMPLATE).render(
         run={key: _plain(value) for key, value in run.items()},
         title=run.get("name") or "Results",
-        words=plain_words(rows, traces),
+        words=[*plain_words(rows, traces), *_texts(run.get("notes"))],
         headlines=headline(rows, traces),
         percent=percent,
         times=times,
         table=result_table(rows, traces),
+        teachers=teacher_table(rows),
         degeneracy=degeneracy_table(rows, traces),
         other=other_table(rows),
         figures=[(name, _svg(figure), *CAPTIONS[name]) for name, figure in drawn.items()],
@@ -529,6 +586,10 @@ def _optional(path: Path, kind: type[C]) -> list[C]:
             place = ".".join(str(part) for part in (index, *first["loc"]))
             raise ValueError(f"{path} cannot be used: {place}: {first['msg']}") from None
     return found
+
+
+def _texts(value: Any) -> list[str]:
+    return [item for item in value if isinstance(item, str)] if isinstance(value, list) else []
 
 
 def _plain(value: Any) -> str:

@@ -8,6 +8,7 @@ inside that span, so a token that straddles a boundary belongs to neither.
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Int
@@ -30,6 +31,12 @@ class Boundary(Config):
     answer_pattern: str = Field(
         default=r"####|\\boxed|[Tt]he (?:final )?answer is:?|[Aa]nswer:",
         description="regex for the first words of the answer, used when there are no tags",
+    )
+    unmarked: Literal["none", "reasoning"] = Field(
+        default="none",
+        description="what a completion without tags and without an answer's first words is: "
+        "`none` leaves it alone; `reasoning` takes it for reasoning throughout, for models that "
+        "are cut off or forget to mark the answer, which may then stand in the reasoning",
     )
 
 
@@ -87,7 +94,7 @@ def spans(text: str, boundary: Boundary) -> tuple[Span, Span]:
     With both tags, reasoning lies between them. With only the closing tag the opening one stood
     in the prompt; with only the opening tag the completion was cut and has no answer. Without
     tags the answer starts at the first match of `answer_pattern`. Where nothing matches, both
-    are empty: a defense must not act where the answer might be.
+    are empty unless `unmarked` says otherwise: a defense must not act where the answer might be.
     """
     opened = text.find(boundary.open_tag) if boundary.open_tag else -1
     closed = text.find(boundary.close_tag) if boundary.close_tag else -1
@@ -103,7 +110,8 @@ def spans(text: str, boundary: Boundary) -> tuple[Span, Span]:
         return Span(start, closed), Span(closed + len(boundary.close_tag), len(text))
     match = re.search(boundary.answer_pattern, text) if boundary.answer_pattern else None
     if match is None:
-        return Span(0, 0), Span(len(text), len(text))
+        reasoned = len(text) if boundary.unmarked == "reasoning" else 0
+        return Span(0, reasoned), Span(len(text), len(text))
     return Span(0, match.start()), Span(match.start(), len(text))
 
 

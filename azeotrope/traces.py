@@ -147,7 +147,8 @@ def write_parquet(table: pa.Table, path: Path) -> None:
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise OSError(
-            error.errno, f"could not write {path} ({error.strerror}); finished files are kept"
+            error.errno,
+            f"could not write {path} ({error.strerror or error}); finished files are kept",
         ) from error
 
 

@@ -131,6 +131,8 @@ def fit(
         chosen = next(batches)
         if step < done.step:
             continue
+        # Dropout, if there is any, draws the same in a resumed run.
+        torch.manual_seed(config.seed * 1_000_003 + step)
         micro = [chosen[part::parts] for part in range(rank, parts, world)]
         total, count = torch.zeros((), dtype=torch.float64), 0
         for indices in micro:

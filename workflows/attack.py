@@ -27,7 +27,8 @@ def run(config: ExperimentConfig, folder: Path, console: Console) -> list[tuple[
         FileNotFoundError: if the folder has no traces.
     """
     traces = read_traces(folder)
-    preflight(config)
+    # Nothing is defended here, so no proxy and no held-out problem is needed.
+    preflight(config.model_copy(update={"proxies": (), "defenses": ()}))
     source = Stage("traces", digest([trace.id + trace.text for trace in traces]), folder, {})
     take = min(config.traces, len(traces))
     with Display(console) as display:

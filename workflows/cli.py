@@ -24,6 +24,14 @@ def pipeline(config: ConfigName, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def validate(config: ConfigName, overrides: Overrides = None) -> None:
+    """Check a configuration, without a network, and say what a run would do."""
+    from workflows.validate import main as run
+
+    run(config, overrides or [])
+
+
+@app.command()
 def defend(config: ConfigName, overrides: Overrides = None) -> None:
     """Train and export defended teachers, without attacking them."""
     from workflows.defend import main as run
@@ -78,7 +86,8 @@ def main() -> None:
     except Exception as error:
         if not _is_expected(error):
             raise
-        print(f"error: {error}", file=sys.stderr)
+        # Some messages quote a library that writes several lines.
+        print("error:", *str(error).split(), file=sys.stderr)
         raise SystemExit(2) from None
 
 

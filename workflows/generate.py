@@ -18,7 +18,8 @@ from workflows.steps import Request, Steps
 
 def run(config: ExperimentConfig, console: Console) -> Path:
     """Make `config.traces` traces of the train split; returns the folder of Parquet files."""
-    preflight(config)
+    # Only the teacher is needed, so nothing is asked of the rest.
+    preflight(config.model_copy(update={"proxies": (), "students": (), "defenses": ()}))
     with Display(console) as display:
         request = Request(config.teacher, "teacher", "train", config.traces, config.sampling)
         return Steps(config, display).traces([request])[0].path

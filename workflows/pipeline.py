@@ -4,7 +4,8 @@
     python -m workflows.pipeline pocket_full seeds=[0]
 
 Clean traces, baselines (base student, ground truth only, clean traces, answers only), defended
-traces, students on them, clean-ups, exams; then `results.json`, `report.html` and a table. Every
+traces, students on them, clean-ups, exams; then `results.json`, `report.html` and a table. An
+experiment without students ends with the teacher's exams, clean and defended. Every
 stage is cached: a run that was killed, or a run that shares stages with another, goes on from
 what is there and ends with the same numbers.
 """
@@ -26,12 +27,12 @@ from azeotrope.config import write_json
 from azeotrope.evaluation import (
     Row,
     Scored,
-    read_results,
+    read_document,
     repeats,
     results_document,
     summarise,
 )
-from azeotrope.report import plain_words, result_table, write_report
+from azeotrope.report import plain_words, result_table, teacher_table, write_report
 from azeotrope.traces import Trace, read_traces
 from workflows.display import Display
 from workflows.preflight import preflight
@@ -136,6 +137,8 @@ def _defend_and_rob(
     with ThreadPoolExecutor(max_workers=width) as threads:
 
         def rob(cells: Sequence[Cell], sources: Sequence[Stage]) -> None:
+            if not cells:
+                return
             new = [_plan(steps, *pair) for pair in zip(cells, sources, strict=True)]
             plans.update(zip(cells, new, strict=True))
             size = min(QUEUE, -(-len(new) // width))
@@ -164,7 +167,8 @@ def _defend_and_rob(
 
 def _width(config: ExperimentConfig, steps: Steps) -> int:
     """Trainings that run side by side; each thread waits for Ray most of its time."""
-    if config.resources.num_cpus is None and not os.environ.get("RAY_ADDRESS"):
+    local = config.resources.num_cpus is None and not os.environ.get("RAY_ADDRESS")
+    if local and not config.resources.gpus:
         cpus = os.cpu_count() or 1
         return max(1, int(cpus // (config.resources.cpus * config.resources.workers_per_student)))
     return steps.width()
@@ -241,6 +245,12 @@ def _defended_cells(config: ExperimentConfig, choice: DefenseChoice, strength: f
                 Cell(student, choice.label, strength, attack, cleanup, config.traces, seed)
             )
     return cells
+
+
+def cells_of(config: ExperimentConfig) -> list[Cell]:
+    """Every student that a run trains; their strengths are left at 0."""
+    defended = (c for choice in config.defenses for c in _defended_cells(config, choice, 0.0))
+    return [*_baseline_cells(config), *defended]
 
 
 def _each(config: ExperimentConfig) -> Iterator[tuple[int, StudentConfig]]:
@@ -342,6 +352,7 @@ def _write_results(
     taught: list[Taught],
     students: dict[Cell, Stage],
 ) -> None:
+    heads = [(t.label, [describe(head, "head.json") for head in t.heads]) for t in taught]
     about = {
         "name": config.name,
         "azeotrope": __version__,
@@ -350,14 +361,34 @@ def _write_results(
         "teacher": config.teacher,
         "task": config.task.dump(),
         "defenses": [
-            {"defense": t.label, "heads": [describe(h, "head.json")["rounds"] for h in t.heads]}
-            for t in taught
+            {"defense": label, "heads": [item["rounds"] for item in items]}
+            for label, items in heads
         ],
+        "notes": [note for label, items in heads for note in _notes(label, items)],
     }
     write_json(folder / "results.json", results_document(about, rows))
     write_json(folder / "curves.json", _curves(taught, students))
     write_json(folder / "examples.json", _examples(clean, taught))
     write_report(folder)
+
+
+def _notes(label: str, heads: list[dict[str, Any]]) -> list[str]:
+    """What a reader must know of a head search before believing its numbers."""
+    notes = []
+    for head in heads:
+        clean, rounds = head["clean"], head["rounds"]
+        if clean is not None and min(clean.values()) == 0:
+            missed = " and ".join(name for name, share in clean.items() if share == 0)
+            notes.append(
+                f"{label}: the undefended teacher solved none of the held-out problems of the "
+                f"utility floor ({missed}), so the floor asked nothing of the defended one there."
+            )
+        if rounds and not any(item["accepted"] for item in rounds):
+            notes.append(
+                f"{label}: none of {len(rounds)} rounds kept the utility floor, so the exported "
+                "head is the one that training began with."
+            )
+    return notes
 
 
 def _curves(taught: list[Taught], students: dict[Cell, Stage]) -> list[dict[str, Any]]:
@@ -419,14 +450,17 @@ def wide_console() -> Console:
     return console if console.is_terminal else Console(width=WIDTH)
 
 
-def show(folder: Path, rows: list[Row], console: Console) -> None:
+def show(folder: Path, rows: list[Row], console: Console, *, notes: Sequence[str] = ()) -> None:
     """The closing table and where the report is."""
-    header, *body = result_table(rows)
-    table = Table(*header, title=f"{folder.name}: who learned what")
+    learned, teachers = result_table(rows), teacher_table(rows)
+    nobody = len(learned) == 1
+    title = "what the teacher still knows" if nobody else "who learned what"
+    header, *body = teachers if nobody else learned
+    table = Table(*header, title=f"{folder.name}: {title}")
     for line in body:
         table.add_row(*line)
     console.print(table)
-    for sentence in plain_words(rows):
+    for sentence in (*plain_words(rows), *notes):
         console.print(f"- {sentence}", markup=False)
     console.print(f"report: {folder / 'report.html'}", soft_wrap=True)
 
@@ -435,7 +469,8 @@ def main(name: str, overrides: list[str]) -> None:
     """What `azeotrope pipeline` runs."""
     console = wide_console()
     folder = run(load(name, overrides), console)
-    show(folder, read_results(folder / "results.json"), console)
+    about, rows = read_document(folder / "results.json")
+    show(folder, rows, console, notes=about.get("notes", ()))
     session.stop()
 
 

@@ -3,41 +3,92 @@
 import shutil
 from pathlib import Path
 
-from azeotrope import models
+from actors.heads import CHECKED_PROMPTS
+from azeotrope import models, smollm2
 from azeotrope.config import ConfigError
 from azeotrope.tasks import build as build_task
+from azeotrope.tasks import is_local
 from azeotrope.vocabulary import share
 from workflows.settings import ExperimentConfig
 
 LEAST_DISK = 500 << 20
 
 
-def preflight(config: ExperimentConfig) -> None:
-    """Raise the first thing that would stop the run later.
+def preflight(config: ExperimentConfig, *, convert: bool = True) -> None:
+    """Raise the first thing that would stop the run later; nothing is downloaded.
+
+    What is on a hub is checked as far as it is on this machine: models and data sets that must be
+    downloaded are fetched when the run starts.
+
+    Args:
+        convert: make the checkpoints that are converted from an installed package. If not, it is
+            only checked that the package is there.
 
     Raises:
         ConfigError: with what was given, what is allowed and what to do.
     """
     _disk(Path(config.cache))
-    for name in (config.teacher, *config.proxies, *(s.model for s in config.students)):
-        try:
-            place = Path(models.resolve(name))
-        except FileNotFoundError as error:
-            raise ConfigError(str(error)) from None
-        if place.is_dir():
-            _context(name, config.max_length)
-    _proxies(config)
-    task = build_task(config.task)
-    for split, count in (
-        ("train", config.most_traces),
-        ("test", max(config.exam_problems, config.teacher_problems)),
-    ):
-        found = len(task.problems(split, count))
-        if found < count:
-            raise ConfigError(
-                f"{count} {split} problems are asked for but {config.task.name} has {found}; "
-                "lower traces, budgets, exam_problems or teacher_problems"
-            )
+    for name in config.models:
+        _smollm2(name, convert)
+    here = {name for name in config.models if is_here(name)}
+    for name in here:
+        _context(name, config.max_length)
+    if here.issuperset((config.teacher, *config.proxies)):
+        _proxies(config)
+    if is_local(config.task):
+        _problems(config)
+
+
+def is_here(name: str) -> bool:
+    """Whether a model is a checkpoint on this machine, and not to be converted or downloaded.
+
+    Raises:
+        ConfigError: if it should be here and is not.
+    """
+    if smollm2.is_name(name) and not (smollm2.folder_of(name) / "config.json").is_file():
+        return False
+    try:
+        return Path(models.resolve(name)).is_dir()
+    except FileNotFoundError as error:
+        raise ConfigError(str(error)) from None
+
+
+def _smollm2(name: str, convert: bool) -> None:
+    """Have the checkpoint of this name, if it is one that comes out of a package."""
+    if not smollm2.is_name(name):
+        return
+    try:
+        layers, folder = smollm2.layers_of(name), smollm2.folder_of(name)
+        if (folder / "config.json").is_file():
+            return
+        smollm2.weights()
+        if convert:
+            print(f"converting {name} to {folder}, once; this takes half a minute", flush=True)
+            smollm2.ensure(folder, layers)
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"{error}; in a checkout, `make smollm` does it") from None
+    except (FileExistsError, ValueError) as error:
+        raise ConfigError(str(error)) from None
+
+
+def _problems(config: ExperimentConfig) -> None:
+    """Ask the task for every problem that the run will: it says what is missing or broken."""
+    parts = [part for choice in config.defenses for part in choice.resolve()]
+    floors = [choice.training.floor for choice in config.defenses]
+    trained = any(part.stage == "weights" and not part.is_identity for part in parts)
+    held_out = [floor.problems for floor in floors if floor and trained]
+    wanted = {
+        "train": config.most_traces,
+        "test": max(config.teacher_problems, config.exam_problems if config.students else 0),
+        "validation": max([CHECKED_PROMPTS, *held_out]) if trained else 0,
+    }
+    try:
+        task = build_task(config.task)
+        for split, count in wanted.items():
+            if count:
+                task.problems(split, count)
+    except (FileNotFoundError, ValueError) as error:
+        raise ConfigError(f"task: {error}") from None
 
 
 def _disk(cache: Path) -> None:

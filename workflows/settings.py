@@ -5,6 +5,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from actors.generator import SHARD
 from actors.resources import Resources
 from actors.students import Lora
 from azeotrope.attacks import base as attacks
@@ -60,7 +61,10 @@ class ExperimentConfig(Config):
     boundary: Boundary = Field(default_factory=Boundary)
     teacher: str = "pocket/teacher"
     proxies: tuple[str, ...] = ("pocket/proxy-a", "pocket/proxy-b")
-    students: tuple[StudentConfig, ...] = (StudentConfig(name="small", model="pocket/small"),)
+    students: tuple[StudentConfig, ...] = Field(
+        default=(StudentConfig(name="small", model="pocket/small"),),
+        description="an empty list defends and measures the teacher, and robs nobody",
+    )
     sampling: Sampling = Field(default_factory=Sampling, description="how traces are drawn")
     traces: int = Field(
         default=1000, ge=1, description="traces the thief takes in the main comparison"
@@ -87,6 +91,12 @@ class ExperimentConfig(Config):
     )
     teacher_problems: int = Field(
         default=1000, ge=1, description="test problems the teacher answers"
+    )
+    shard: int = Field(
+        default=SHARD,
+        ge=1,
+        description="problems a worker answers side by side and saves at once; fewer need less "
+        "memory and lose less when a worker dies",
     )
     seeds: tuple[int, ...] = Field(default=(0,), min_length=1)
     save_students: bool = True
@@ -124,6 +134,12 @@ class ExperimentConfig(Config):
     @property
     def greedy(self) -> Sampling:
         return self.sampling.model_copy(update={"temperature": 0.0})
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """The name of every model in it, each once."""
+        names = (self.teacher, *self.proxies, *(student.model for student in self.students))
+        return tuple(dict.fromkeys(names))
 
     @property
     def most_traces(self) -> int:

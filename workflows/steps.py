@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from actors import pool, session, trainer
-from actors.generator import SHARD, GenerationJob, GenerationWorker
+from actors.generator import GenerationJob, GenerationWorker
 from actors.heads import HeadJob
 from actors.proxy import ProxyActor
 from actors.resources import Slots
@@ -21,6 +21,7 @@ from azeotrope.defenses.base import Defense
 from azeotrope.generation import Sampling
 from azeotrope.head_training import HeadTraining
 from azeotrope.tasks import build as build_task
+from azeotrope.tasks import is_local as task_is_local
 from azeotrope.traces import ground_truth, read_traces, write_traces
 from workflows.display import Display
 from workflows.settings import ExperimentConfig, StudentConfig
@@ -105,10 +106,12 @@ class Steps:
             defense=request.defense,
             decoding=list(request.decoding),
             seed=request.seed,
+            # Rows of one shard are one batch, and a batch of another shape rounds otherwise.
+            shard=self.config.shard,
         )
 
     def _jobs(self, request: Request, stage: Stage) -> list[GenerationJob]:
-        shard = min(SHARD, max(1, -(-request.count // 2)))
+        shard = min(self.config.shard, max(1, -(-request.count // 2)))
         return [
             GenerationJob(
                 model=models.resolve(request.model),
@@ -210,6 +213,7 @@ class Steps:
             "features": features.key,
             "task": config.task.dump(),
             "max_new_tokens": config.sampling.max_new_tokens,
+            "shard": config.shard,
         }
         stage = self.cache.stage("head", **described)
         job = HeadJob(
@@ -221,6 +225,7 @@ class Steps:
             features=str(features.path),
             task=config.task,
             max_new_tokens=config.sampling.max_new_tokens,
+            shard=config.shard,
         )
         self._train("head", [Planned(stage, job.dump(), f"head: {defense['name']}")])
         return stage
@@ -298,8 +303,8 @@ class Steps:
     @property
     def _is_local(self) -> bool:
         config = self.config
-        names = [config.teacher, *config.proxies, *(item.model for item in config.students)]
-        return all(Path(models.resolve(name)).is_dir() for name in names)
+        models_are = all(Path(models.resolve(name)).is_dir() for name in config.models)
+        return models_are and task_is_local(config.task)
 
     def _fingerprint(self, name: str) -> str:
         if name not in self._fingerprints:

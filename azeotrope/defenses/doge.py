@@ -86,17 +86,20 @@ class Doge(Defense):
             raise ValueError("doge needs at least one proxy; name one under `proxies`")
         total = torch.zeros((), dtype=torch.float64)
         for part in heads.chunks(len(batch.targets), len(head.weight), self.budget):
-            ce, kl = self.terms(
-                head,
+            hidden = batch.teacher[part].float()
+            logits = heads.logits(hidden, head.weight, head.bias).detach()
+            logits.requires_grad_(torch.is_grad_enabled())
+            ce, kl = self._terms(
+                logits,
                 proxies,
-                batch.teacher[part],
-                tuple(hidden[part] for hidden in batch.proxies),
+                tuple(states[part] for states in batch.proxies),
                 batch.targets[part],
                 batch.reasoning[part],
             )
             value = ce - self.strength * kl
-            if torch.is_grad_enabled() and value.requires_grad:
+            if logits.requires_grad:
                 value.backward()
+                _accumulate(head, logits.grad, hidden)
             total += value.detach().double().cpu()
         return TokenSum(total.float(), len(batch.targets))
 
@@ -111,6 +114,16 @@ class Doge(Defense):
     ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
         """Summed cross-entropy of all tokens, and summed mean KL of the adversarial ones."""
         logits = heads.logits(hidden.float(), head.weight, head.bias)
+        return self._terms(logits, proxies, proxy_hidden, targets, reasoning)
+
+    def _terms(
+        self,
+        logits: Tensor,
+        proxies: tuple[ProxyHead, ...],
+        proxy_hidden: tuple[Tensor, ...],
+        targets: Tensor,
+        reasoning: Tensor,
+    ) -> tuple[Tensor, Tensor]:
         ce = F.cross_entropy(logits, targets, reduction="sum")
         chosen = reasoning if self.config.mask == "reasoning" else torch.ones_like(reasoning)
         if not proxies or not bool(chosen.any()):
@@ -123,7 +136,9 @@ class Doge(Defense):
 
     def _divergence(self, logits: Tensor, proxy: ProxyHead, states: Tensor) -> Float[Tensor, ""]:
         """sum_t min(KL(p_T || p_i), clamp) in nats, over the shared tokens."""
-        shared = logits if proxy.is_whole else logits[:, proxy.teacher_ids]
+        # Rows that pad the teacher's head beyond its tokenizer come last and belong to no string.
+        whole = slice(None, len(proxy.teacher_ids))
+        shared = logits[:, whole if proxy.is_whole else proxy.teacher_ids]
         log_teacher = shared.log_softmax(-1)
         with torch.no_grad():
             theirs = heads.logits(states, proxy.weight, proxy.bias) / self.config.temperature
@@ -132,6 +147,21 @@ class Doge(Defense):
         if self.config.clamp is not None:
             kl = kl.clamp(max=self.config.clamp)
         return kl.sum()
+
+
+def _accumulate(head: Head, gradient: Tensor | None, hidden: Tensor) -> None:
+    """Add one chunk's part, dL/dW += (dL/dz)^T h, in place.
+
+    Autograd would make a temporary as large as the head for every chunk.
+    """
+    assert gradient is not None
+    with torch.no_grad():
+        for parameter in head.parameters():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        head.weight.grad.addmm_(gradient.T, hidden)  # type: ignore[union-attr]
+        if head.bias is not None:
+            head.bias.grad.add_(gradient.sum(0))  # type: ignore[union-attr]
 
 
 def equivalent_strength(

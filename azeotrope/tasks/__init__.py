@@ -23,4 +23,18 @@ def build(config: PocketConfig | Gsm8kConfig | JsonlConfig) -> Task:
     return importlib.import_module(f"{__name__}.{config.name}").build(config)
 
 
-__all__ = ["Gsm8kConfig", "JsonlConfig", "PocketConfig", "Problem", "Task", "TaskConfig", "build"]
+def is_local(config: PocketConfig | Gsm8kConfig | JsonlConfig) -> bool:
+    """Whether `build` finds all rows on this machine, without a download."""
+    return not isinstance(config, Gsm8kConfig) or config.folder is not None
+
+
+__all__ = [
+    "Gsm8kConfig",
+    "JsonlConfig",
+    "PocketConfig",
+    "Problem",
+    "Task",
+    "TaskConfig",
+    "build",
+    "is_local",
+]

@@ -1,5 +1,6 @@
 """GSM8K: grade-school word problems with worked solutions (Cobbe et al. 2021, arXiv:2110.14168)."""
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from azeotrope.tasks.rows import Row, collect, read, take, text_of
 from azeotrope.tokens import Message
 
 HUB = "openai/gsm8k"
+DATA = "AZEOTROPE_DATA"
 SPLITS = ("train", "validation", "test")
 INSTRUCTION = "Reason step by step, and finish with a line of the form\n#### <number>"
 _CALCULATOR = re.compile(r"<<[^<>]*>>")
@@ -26,11 +28,26 @@ _EXPECTED = (
 class Gsm8kConfig(Config):
     name: Literal["gsm8k"] = "gsm8k"
     path: str | None = Field(
-        default=None, description=f"folder with train.jsonl and test.jsonl; none downloads {HUB}"
+        default=None,
+        description="folder with train.jsonl and test.jsonl; null takes gsm8k/ of the folder in "
+        f"the environment variable {DATA} if its files are there, and downloads {HUB} if not",
     )
     validation: int = Field(
         default=500, ge=0, description="how many of the last train rows are the validation split"
     )
+
+    @property
+    def folder(self) -> Path | None:
+        """Where the files are on this machine; None if they must be downloaded.
+
+        The variable is looked up at each call and never written down, so a stage made with it is
+        the same as one made from the hub.
+        """
+        if self.path is not None:
+            return Path(self.path).expanduser()
+        root = os.environ.get(DATA)
+        folder = Path(root).expanduser() / "gsm8k" if root else None
+        return folder if folder is not None and (folder / "train.jsonl").is_file() else None
 
 
 class Gsm8k:
@@ -45,7 +62,7 @@ class Gsm8k:
 
     def __init__(self, config: Gsm8kConfig) -> None:
         self.config = config
-        train, test = _load(config.path)
+        train, test = _load(config.folder)
         if config.validation >= len(train):
             raise ValueError(
                 f"validation={config.validation} would take all {len(train)} train rows; lower it"
@@ -98,10 +115,9 @@ def parse(fields: Mapping[str, Any]) -> Row:
     return Row(question, answer, f"{steps}\n#### {answer}".lstrip())
 
 
-def _load(path: str | None) -> tuple[tuple[Row, ...], tuple[Row, ...]]:
-    if path is None:
+def _load(folder: Path | None) -> tuple[tuple[Row, ...], tuple[Row, ...]]:
+    if folder is None:
         return _download("train"), _download("test")
-    folder = Path(path).expanduser()
     train = read(folder / "train.jsonl", parse, expected=_EXPECTED)
     return train, read(folder / "test.jsonl", parse, expected=_EXPECTED)
 
@@ -115,7 +131,7 @@ def _download(split: str) -> tuple[Row, ...]:
         # Both "no network" and "not in the cache" are OSErrors, with messages about URLs.
         raise ConnectionError(
             f"cannot get {HUB} from the Hugging Face hub ({error}); download train.jsonl and "
-            "test.jsonl once and set path to their folder"
+            f"test.jsonl once and set path to their folder, or {DATA} to the folder of gsm8k/"
         ) from error
     items = ((f"row {index}", _giver(dict(fields))) for index, fields in enumerate(table))
     return collect(items, parse, source=f"{HUB} ({split})")

@@ -89,6 +89,35 @@ def test_spans_without_tags_or_pattern_are_configurable() -> None:
     assert (first.start, first.end, second.start, second.end) == (1, 3, 4, 5)
 
 
+@pytest.mark.parametrize(
+    ("text", "reasoning", "answer"),
+    [
+        ("nothing to be found", "nothing to be found", ""),
+        ("", "", ""),
+        # Whatever is marked keeps its place.
+        ("so 2. #### 4", "so 2. ", "#### 4"),
+        ("<think>abc</think>4", "abc", "4"),
+        ("<think>abc", "abc", ""),
+    ],
+)
+def test_an_unmarked_completion_may_count_as_reasoning(
+    text: str, reasoning: str, answer: str
+) -> None:
+    first, second = tokens.spans(text, Boundary(unmarked="reasoning"))
+    assert text[first.start : first.end] == reasoning
+    assert text[second.start : second.end] == answer
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_all_of_an_unmarked_completion_is_reasoning_but_its_end(word, finished: bool) -> None:
+    boundary = Boundary(unmarked="reasoning")
+    example = tokens.encode(
+        word, QUESTION, "we have 2", boundary=boundary, max_length=64, finished=finished
+    )
+    assert flagged(word, example, example.reasoning) == ["we", "have", "2"]
+    assert flagged(word, example, example.answer) == (["<eos>"] if finished else [])
+
+
 def test_without_reasoning_keeps_the_answer_only() -> None:
     assert tokens.without_reasoning(TRACE, Boundary()) == "#### 4"
     assert tokens.without_reasoning("<think> cut at", Boundary()) == ""

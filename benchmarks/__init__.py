@@ -1,0 +1,1 @@
+"""Speed and memory, each side by side with the plain way."""

@@ -1,0 +1,327 @@
+"""What holds for every defense and attack there is, and for one that a stranger adds.
+
+The modules are found, not listed, so a new one is checked by being there.
+"""
+
+import importlib
+import pickle
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import get_args
+
+import pytest
+import torch
+
+from azeotrope import tasks
+from azeotrope.attacks import base as attacks
+from azeotrope.config import Config, ConfigError
+from azeotrope.defenses import base as defenses
+from azeotrope.defenses.base import Defense, Head, ProxyHead, Stage
+from azeotrope.features import FeatureBatch, FeaturePair, Features, join
+from azeotrope.head_training import HeadTraining, train_head
+from azeotrope.models import Loaded, load
+from azeotrope.tokens import Boundary
+from azeotrope.traces import ground_truth
+from azeotrope.vocabulary import SharedVocabulary
+from workflows import settings
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = sorted(settings.CONFIGS.glob("*.yaml"))
+SPACES = sorted(path.stem for path in (ROOT / "tune_spaces").glob("[a-z]*.py"))
+BOUNDARY = Boundary()
+TEXT = "<think> joe begins at 12. 12 + 3 = 15. </think> #### 15"
+
+
+def module_of(name: str) -> ModuleType:
+    return importlib.import_module(f"azeotrope.defenses.{name}")
+
+
+def attack_module(name: str) -> ModuleType:
+    return importlib.import_module(f"azeotrope.attacks.{name}")
+
+
+def drawn(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def head_and_data() -> tuple[Head, tuple[ProxyHead, ...], list[FeaturePair]]:
+    vocab = 6
+    ids = torch.arange(vocab)
+    proxy = ProxyHead(drawn(2, vocab, 3), None, SharedVocabulary(ids, ids, ids))
+    pairs = []
+    for index in range(4):
+        tokens = 5 + index
+        reasoning = torch.arange(tokens) < 3
+        targets = torch.arange(tokens) % vocab
+        ours = Features(f"t{index}", targets, reasoning, ~reasoning, drawn(10 + index, tokens, 4))
+        theirs = Features(f"t{index}", targets, reasoning, ~reasoning, drawn(30 + index, tokens, 3))
+        pairs.append(FeaturePair(ours, (theirs,)))
+    return Head(drawn(1, vocab, 4)), (proxy,), pairs
+
+
+def copies_are_equal(config: Config) -> None:
+    kind = type(config)
+    assert kind.model_validate_json(config.model_dump_json()) == config
+    assert kind.model_validate(config.dump()) == config
+    assert pickle.loads(pickle.dumps(config)) == config
+
+
+# Defenses
+
+
+@pytest.mark.parametrize("name", defenses.names())
+def test_a_defense_module_has_what_is_asked_of_it(name: str) -> None:
+    module = module_of(name)
+    assert module.Config().name == name
+    assert get_args(module.Config.model_fields["name"].annotation) == (name,)
+    built = module.build(module.Config())
+    assert isinstance(built, Defense)
+    assert built.stage in get_args(Stage)
+    assert not built.is_identity, "a defense that is named does something"
+    assert defenses.resolve({"name": name}).config == module.Config()
+    assert module.__doc__
+
+
+@pytest.mark.parametrize("name", defenses.names())
+def test_a_defense_survives_json_and_pickle(name: str) -> None:
+    config = module_of(name).Config(strength=0.25)
+    copies_are_equal(config)
+    again = pickle.loads(pickle.dumps(defenses.resolve(config.dump())))
+    assert again.config == config
+    assert again.stage == defenses.resolve(config.dump()).stage
+
+
+@pytest.mark.parametrize("name", defenses.names())
+def test_strength_zero_is_the_identity(name: str) -> None:
+    defense = defenses.resolve({"name": name, "strength": 0})
+    assert defense.is_identity
+    assert defense.rewrite(TEXT, BOUNDARY) == TEXT
+    logits = drawn(5, 3, 7)
+    assert torch.equal(defense.adjust_logits(logits.clone(), [[1], [], [2, 3]]), logits)
+    head, proxies, data = head_and_data()
+    before = head.weight.detach().clone()
+    train_head(head, proxies, data, defense, HeadTraining(floor=None))
+    assert torch.equal(head.weight, before)
+
+
+@pytest.mark.parametrize("name", defenses.names())
+def test_a_defense_acts_in_its_stage_and_only_there(name: str) -> None:
+    defense = defenses.resolve({"name": name})
+    logits = drawn(5, 3, 7)
+    adjusted = defense.adjust_logits(logits.clone(), [[1], [], [2, 3]])
+    rewritten = defense.rewrite(TEXT, BOUNDARY)
+    assert (adjusted.shape, adjusted.dtype) == (logits.shape, logits.dtype)
+    assert not adjusted.isnan().any()
+    assert tasks.build(tasks.PocketConfig()).check(rewritten, "15")
+    if defense.stage != "decoding":
+        assert torch.equal(adjusted, logits)
+    assert (rewritten != TEXT) == (defense.stage == "text")
+    head, proxies, data = head_and_data()
+    batch: FeatureBatch = join(data)
+    if defense.stage != "weights":
+        with pytest.raises(TypeError, match="has no training loss"):
+            defense.loss(head, proxies, batch)
+        return
+    found = defense.loss(head, proxies, batch)
+    assert found.count == len(batch.targets)
+    assert found.total.isfinite()
+    before = head.weight.detach().clone()
+    training = HeadTraining.model_validate({"fit": {"steps": 2, "batch_size": 2}, "floor": None})
+    train_head(head, proxies, data, defense, training)
+    assert head.weight.shape == before.shape
+    assert head.weight.dtype == torch.float32
+    assert head.weight.isfinite().all()
+    assert not torch.equal(head.weight, before)
+
+
+@pytest.mark.parametrize("name", defenses.names())
+def test_a_defense_refuses_what_it_does_not_know(name: str) -> None:
+    allowed = ", ".join(sorted(module_of(name).Config.model_fields))
+    with pytest.raises(ConfigError) as error:
+        defenses.resolve({"name": name, "strenght": 1})
+    assert f"unknown key 'strenght'; allowed: {allowed}" in str(error.value)
+    with pytest.raises(ConfigError, match=f"defense {name}: strength: .*got -1"):
+        defenses.resolve({"name": name, "strength": -1})
+
+
+def test_an_unknown_defense_lists_those_there_are() -> None:
+    listed = ", ".join(defenses.names())
+    with pytest.raises(ConfigError, match=f"unknown defense 'doeg'; there are {listed}"):
+        defenses.resolve({"name": "doeg"})
+
+
+def table_rows() -> list[str]:
+    lines = (ROOT / "README.md").read_text().splitlines()
+    return [line for line in lines if line.lstrip().startswith("|")]
+
+
+@pytest.mark.parametrize("name", [*defenses.names(), *attacks.names()])
+def test_the_readme_has_a_row_for_it(name: str) -> None:
+    assert any(f"`{name}`" in row for row in table_rows()), f"README.md has no row for `{name}`"
+
+
+# Attacks
+
+
+@pytest.fixture(scope="module")
+def student() -> Loaded:
+    return load("pocket/small", device="cpu")
+
+
+@pytest.mark.parametrize("name", attacks.names())
+def test_an_attack_module_has_what_is_asked_of_it(name: str) -> None:
+    module = attack_module(name)
+    assert module.Config().name == name
+    assert get_args(module.Config.model_fields["name"].annotation) == (name,)
+    built = module.build(module.Config())
+    assert isinstance(built, attacks.Attack)
+    assert built.needs in get_args(attacks.Observes)
+    assert attacks.resolve({"name": name}).config == module.Config()
+    copies_are_equal(module.Config(max_length=64))
+    assert pickle.loads(pickle.dumps(built)).config == built.config
+    assert module.__doc__
+
+
+@pytest.mark.parametrize("name", attacks.names())
+def test_an_attack_teaches_from_traces(name: str, student: Loaded) -> None:
+    attack = attacks.resolve({"name": name})
+    task = tasks.build(tasks.PocketConfig())
+    stolen = ground_truth(task, task.problems("train", 3))
+    examples = attack.examples(student, stolen, task, BOUNDARY)
+    assert [example.id for example in examples] == [trace.id for trace in stolen]
+    student.model.zero_grad()
+    whole = attack.loss(student, examples)
+    assert whole.total.isfinite()
+    parts = [attack.loss(student, [example]) for example in examples]
+    # A sum and a count, so that any split into micro-batches is the same.
+    assert whole.count == sum(part.count for part in parts)
+    total = sum(part.total.item() for part in parts)
+    assert whole.total.item() == pytest.approx(total, rel=1e-5)
+    if whole.total.requires_grad:
+        whole.total.backward()
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in student.model.parameters())
+    student.model.zero_grad()
+
+
+@pytest.mark.parametrize("name", attacks.names())
+def test_an_attack_refuses_what_it_does_not_know(name: str) -> None:
+    allowed = ", ".join(sorted(attack_module(name).Config.model_fields))
+    with pytest.raises(ConfigError) as error:
+        attacks.resolve({"name": name, "max_lenght": 64})
+    assert f"unknown key 'max_lenght'; allowed: {allowed}" in str(error.value)
+    with pytest.raises(ConfigError, match=r"unknown key 'fit\.step'; allowed: accumulation"):
+        attacks.resolve({"name": name, "fit": {"step": 3}})
+
+
+# Configurations and search spaces
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_shipped_configuration_is_valid(path: Path) -> None:
+    config = settings.load(path.stem, [])
+    assert config.name == path.stem
+    assert type(config).model_validate(config.dump()) == config
+    assert settings.load(str(path), []) == config
+
+
+def value_at(data: object, path: str) -> object:
+    for part in path.split("."):
+        data = data[int(part)] if isinstance(data, list) else data[part]  # type: ignore[index]
+    return data
+
+
+@pytest.mark.parametrize("name", SPACES)
+@pytest.mark.parametrize("place", ["low", "middle", "high"])
+def test_every_point_of_a_search_space_is_valid(name: str, place: str) -> None:
+    space = importlib.import_module(f"tune_spaces.{name}")
+    point = {}
+    for item in space.SPACE:
+        assert 0 < item.low < item.high or (item.scale == "linear" and item.low < item.high)
+        assert item.why.strip()
+        middle = (
+            (item.low * item.high) ** 0.5 if item.scale == "log" else (item.low + item.high) / 2
+        )
+        point[item.path] = {"low": item.low, "middle": middle, "high": item.high}[place]
+    chosen = [f"defenses.0.{path}={value!r}" for path, value in point.items()]
+    base = "defenses.0.parts.0.name=" + name
+    config = settings.load("pocket_demo", [base, *chosen])
+    for path, value in point.items():
+        assert value_at(config.dump(), f"defenses.0.{path}") == pytest.approx(value)
+    # What is not searched keeps the value it has without a search.
+    plain = settings.load("pocket_demo", [base])
+    assert config.defenses[0].training.fit.steps == plain.defenses[0].training.fit.steps
+    assert config.defenses[1:] == plain.defenses[1:]
+    assert set(space.OBJECTIVES.values()) <= {"max", "min"}
+    assert space.OBJECTIVES
+
+
+# A stranger's defense
+
+SHOUTING = '''
+"""Shout: a defense by somebody who has changed no file but this one."""
+
+from typing import Literal
+
+from azeotrope.defenses.base import Defense, DefenseConfig
+from azeotrope.tokens import Boundary, spans
+
+
+class Config(DefenseConfig):
+    name: Literal["shouting"] = "shouting"
+    mark: str = "!"
+
+
+class Shouting(Defense):
+    stage = "text"
+
+    def rewrite(self, text: str, boundary: Boundary) -> str:
+        if self.is_identity:
+            return text
+        found, _ = spans(text, boundary)
+        loud = text[found.start : found.end].upper().replace(".", self.config.mark)
+        return text[: found.start] + loud + text[found.end :]
+
+
+def build(config: Config) -> Shouting:
+    return Shouting(config)
+'''
+
+
+def test_a_stranger_adds_a_defense_with_one_module_and_one_yaml(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "shouting.py").write_text(SHOUTING)
+    yaml = tmp_path / "loud.yaml"
+    yaml.write_text("name: loud\ndefenses:\n  - parts: [{name: shouting, mark: '!!'}]\n")
+    with pytest.raises(ConfigError, match="unknown defense 'shouting'"):
+        settings.load(str(yaml), [])
+    monkeypatch.setattr(
+        "azeotrope.defenses.__path__", [*importlib.import_module("azeotrope.defenses").__path__]
+    )
+    importlib.import_module("azeotrope.defenses").__path__.append(str(tmp_path))
+    try:
+        assert "shouting" in defenses.names()
+        for check in (
+            test_a_defense_module_has_what_is_asked_of_it,
+            test_a_defense_survives_json_and_pickle,
+            test_strength_zero_is_the_identity,
+            test_a_defense_acts_in_its_stage_and_only_there,
+            test_a_defense_refuses_what_it_does_not_know,
+        ):
+            check("shouting")
+        config = settings.load(str(yaml), [])
+        assert config.defenses[0].label == "shouting"
+        (defense,) = config.defenses[0].resolve()
+        assert defense.rewrite(TEXT, config.boundary) == (
+            "<think> JOE BEGINS AT 12!! 12 + 3 = 15!! </think> #### 15"
+        )
+        task = tasks.build(tasks.PocketConfig(slip=0))
+        for trace in ground_truth(task, task.problems("train", 5)):
+            loud = defense.rewrite(trace.text, config.boundary)
+            assert "!!" in loud
+            assert task.check(loud, trace.reference)
+            assert loud.lower().replace("!!", ".") == trace.text
+    finally:
+        sys.modules.pop("azeotrope.defenses.shouting", None)
+        vars(importlib.import_module("azeotrope.defenses")).pop("shouting", None)

@@ -1,0 +1,275 @@
+"""Mistakes end before anything is loaded, in one line that says what was given and what is allowed.
+
+Every test goes the way of the command line: settings are read, then the preflight runs.
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections import namedtuple
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import LlamaConfig, PreTrainedTokenizerFast
+
+from azeotrope.config import ConfigError
+from workflows import cli, settings
+from workflows.preflight import preflight
+
+ROOT = Path(__file__).parents[2]
+LIMIT_S = 5.0
+FEW = (
+    "traces=20",
+    "exam_problems=20",
+    "teacher_problems=20",
+    "defenses.0.training.floor.problems=20",
+)
+
+
+@pytest.fixture(autouse=True)
+def _quick() -> Iterator[None]:
+    # Time of this process alone, so that a busy machine does not fail tests that are right.
+    started = time.process_time()
+    yield
+    assert time.process_time() - started < LIMIT_S
+
+
+@pytest.fixture
+def refused(tmp_path: Path):
+    """Load and check a configuration that must fail; gives back the one line."""
+
+    def refused(*overrides: str, yaml: str = "name: trial\n") -> str:
+        path = tmp_path / "trial.yaml"
+        path.write_text(yaml)
+        with pytest.raises(ConfigError) as error:
+            preflight(settings.load(str(path), [f"cache={tmp_path / 'cache'}", *overrides]))
+        assert not (tmp_path / "cache").exists()
+        return str(error.value)
+
+    return refused
+
+
+def test_without_a_mistake_nothing_is_said(tmp_path: Path) -> None:
+    preflight(settings.load("pocket_demo", [f"cache={tmp_path}", *FEW]))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["traces_=5"], ["unknown key 'traces_'", "allowed: attack, boundary,", "traces"]),
+        (
+            ["sampling.temprature=1"],
+            ["'sampling.temprature'", "allowed: max_new_tokens, temperature, top_p"],
+        ),
+        (
+            ["students.0.nmae=x"],
+            ["unknown key 'students.0.nmae'; allowed: lora, model, name"],
+        ),
+        (
+            ["students.0.lora.rnk=3"],
+            ["unknown key 'students.0.lora.rnk'; allowed: ", "rank"],
+        ),
+        (
+            ["defenses.0.parts.0.strenght=1"],
+            ["defense doge: unknown key 'strenght'; allowed: clamp, mask, name,", "strength"],
+        ),
+        (
+            ["defenses.0.training.floor.shaer=1"],
+            ["unknown key 'defenses.0.training.floor.shaer'; allowed: ", "share"],
+        ),
+        (["attack.name=text_sft", "attack.fit.step=1"], ["attack text_sft", "fit.step", "steps"]),
+        (
+            ["task.name=pocket", "task.slipp=0.5"],
+            ["unknown key 'task.pocket.slipp'; allowed: name, slip"],
+        ),
+        (
+            ["task.name=jsonl", "task.train=a", "task.test=b", "task.tset=c"],
+            ["unknown key 'task.jsonl.tset'; allowed: name, test, train, validation"],
+        ),
+        (["task.slipp=0.5"], ["task", "slipp", "allowed: name, slip"]),
+    ],
+)
+def test_unknown_keys_name_the_known_ones(refused, overrides: list[str], expected: list) -> None:
+    message = refused(*overrides)
+    for part in expected:
+        assert part in message, message
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("defenses.0.parts.0.strength=-1", ["defense doge", "strength", "greater than", "-1"]),
+        ("defenses.0.parts.0.name=doeg", ["unknown defense 'doeg'", "answers_only, doge"]),
+        ("attack.name=text_stf", ["unknown attack 'text_stf'", "text_sft"]),
+        ("cleanups=[polish]", ["unknown clean-up 'polish'", "correct_only, drop_reasoning"]),
+        ("proxies=[]", ["needs at least one proxy", "`proxies` is empty"]),
+        ("task.name=pockets", ["task", "pockets", "'pocket', 'gsm8k', 'jsonl'"]),
+        ("max_length=90", ["max_length 90 leaves no room", "max_new_tokens 96"]),
+        ("traces=many", ["traces", "valid integer", "'many'"]),
+        ("traces=0", ["traces", "greater than or equal to 1", "got 0"]),
+        ("seeds=[]", ["seeds", "at least 1"]),
+        ("defenses.7.parts=[]", ["defenses.7.parts", "'7' is not an index into a list of 2"]),
+        ("name=Two Words", ["name", "pattern", "'Two Words'"]),
+        ("traces", ["key.sub=value", "'traces'"]),
+    ],
+)
+def test_a_value_that_does_not_fit_says_what_would(refused, override: str, expected: list) -> None:
+    message = refused(override)
+    for part in expected:
+        assert part in message, message
+    assert "\n" not in message
+
+
+def test_a_missing_configuration_lists_those_that_are_shipped(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no configuration 'demo'; give a YAML file or one of: "):
+        settings.load("demo", [])
+    with pytest.raises(ConfigError, match=r"no configuration file at .*nowhere\.yaml"):
+        settings.load(str(tmp_path / "nowhere.yaml"), [])
+    (tmp_path / "list.yaml").write_text("- 1\n- 2\n")
+    with pytest.raises(ConfigError, match="must hold a mapping of keys, got list"):
+        settings.load(str(tmp_path / "list.yaml"), [])
+    (tmp_path / "broken.yaml").write_text("name: [1\n")
+    with pytest.raises(ConfigError, match=r"broken\.yaml is not valid YAML"):
+        settings.load(str(tmp_path / "broken.yaml"), [])
+
+
+def test_a_missing_checkpoint_says_what_was_expected(refused, tmp_path: Path) -> None:
+    place = tmp_path / "nothing"
+    message = refused(f"teacher={place}")
+    assert f"no checkpoint at {place}: expected a folder with config.json" in message
+    for key in ("teacher=pocket/techer", "proxies=[pocket/techer]"):
+        message = refused(key)
+        assert "no pocket model 'pocket/techer'; there are pocket/large" in message
+        assert "pocket/teacher" in message
+    message = refused("students.0.model=pocket/tiny")
+    assert "no pocket model 'pocket/tiny'" in message
+
+
+def rows(path: Path, *lines: str) -> str:
+    path.write_text("\n".join(lines) + "\n")
+    return str(path)
+
+
+GOOD_ROW = json.dumps({"question": "1 + 1?", "answer": "2"})
+
+
+def test_broken_rows_are_named_by_file_and_line(refused, tmp_path: Path) -> None:
+    good = rows(tmp_path / "good.jsonl", GOOD_ROW)
+    bad = rows(
+        tmp_path / "bad.jsonl", GOOD_ROW, '{"question": ', '{"question": "?"}', "[1]", GOOD_ROW
+    )
+    message = refused("task.name=jsonl", f"task.train={bad}", f"task.test={good}")
+    assert f"{bad}: 3 of 5 rows cannot be used" in message
+    assert "line 2 is not JSON" in message
+    assert 'line 3 has no "answer" (it has question)' in message
+    assert "line 4 is a list" in message
+    missing = tmp_path / "missing.jsonl"
+    message = refused("task.name=jsonl", f"task.train={missing}", f"task.test={good}")
+    assert f"no file {missing}" in message
+    assert "one JSON object a line" in message
+
+
+def test_asking_for_more_problems_than_there_are(refused, tmp_path: Path) -> None:
+    few = rows(tmp_path / "few.jsonl", GOOD_ROW, GOOD_ROW, GOOD_ROW)
+    message = refused("task.name=jsonl", f"task.train={few}", f"task.test={few}", "traces=5")
+    assert "3 problems in train, fewer than the 5 asked for" in message
+
+
+def test_a_proxy_that_shares_no_words_is_refused_before_it_is_loaded(
+    refused, tmp_path: Path
+) -> None:
+    folder = tmp_path / "stranger"
+    words = WordLevel({f"w{i}": i for i in range(30)}, unk_token="w0")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words), eos_token="w1")
+    tokenizer.save_pretrained(folder)
+    # Only a tokenizer and a config: there are no weights that could be loaded.
+    LlamaConfig(vocab_size=30, max_position_embeddings=256).save_pretrained(folder)
+    message = refused(f"proxies=[pocket/proxy-a, {folder}]")
+    assert message.startswith(f"proxies: {folder} shares ")
+    assert "of the teacher's 129 tokens; a proxy must know at least 50%" in message
+
+
+def test_more_tokens_than_a_context_holds(refused) -> None:
+    message = refused("max_length=300")
+    assert "max_length 300 is longer than the context of pocket/" in message
+    assert "256 tokens; lower max_length" in message
+
+
+def test_a_disk_that_is_nearly_full(refused, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: usage(1 << 40, 1 << 40, 100 << 20))
+    message = refused()
+    assert "has 100 MB free and a run needs at least 500 MB" in message
+    assert "set `cache` and `runs` to another disk" in message
+
+
+def test_a_defense_that_needs_no_proxy_is_content_without(tmp_path: Path) -> None:
+    yaml = tmp_path / "alone.yaml"
+    yaml.write_text("name: alone\nproxies: []\ndefenses:\n  - parts: [{name: answers_only}]\n")
+    preflight(settings.load(str(yaml), [f"cache={tmp_path}", *FEW]))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["pipeline", "demo"], "no configuration 'demo'"),
+        (["pipeline", "BROKEN"], "is not valid YAML"),
+        (["pipeline", "pocket_demo", "teacher=pocket/techer"], "no pocket model 'pocket/techer'"),
+        (["pipeline", "pocket_demo", "name=Two Words"], "Two Words"),
+    ],
+)
+def test_the_command_line_says_it_in_one_line(
+    arguments: list[str],
+    expected: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("name: [1\nother: {\n")
+    given = [str(broken) if argument == "BROKEN" else argument for argument in arguments]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["azeotrope", *given])
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    assert left.value.code == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("error: ")
+    assert expected in lines[0]
+
+
+def test_a_fault_of_ours_keeps_its_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails() -> None:
+        raise ZeroDivisionError("ours")
+
+    monkeypatch.setattr(cli, "app", fails)
+    with pytest.raises(ZeroDivisionError, match="ours"):
+        cli.main()
+
+
+@pytest.fixture(scope="module")
+def finished_process(tmp_path_factory: pytest.TempPathFactory) -> subprocess.CompletedProcess[str]:
+    # Most of the time is imports of a fresh interpreter, which is not what is limited here.
+    folder = tmp_path_factory.mktemp("empty")
+    return subprocess.run(
+        [sys.executable, "-m", "workflows.cli", "pipeline", "pocket_demo", "sampling.temprature=1",
+         f"runs={folder}", f"cache={folder / 'cache'}"],
+        cwd=ROOT, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+
+
+def test_a_process_ends_with_code_2_and_one_line(
+    finished_process: subprocess.CompletedProcess[str],
+) -> None:
+    assert finished_process.returncode == 2, finished_process.stderr
+    lines = finished_process.stderr.strip().splitlines()
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("error: ")
+    assert "unknown key 'sampling.temprature'; allowed: max_new_tokens" in lines[0]
+    assert "Traceback" not in finished_process.stdout + finished_process.stderr

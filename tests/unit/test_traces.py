@@ -1,0 +1,214 @@
+"""Traces: who they are, what a file may hold, and how they are rewritten and collected."""
+
+import errno
+from dataclasses import replace
+from pathlib import Path
+from random import Random
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from azeotrope import models, tasks
+from azeotrope.attacks import cleanups
+from azeotrope.collect import collect
+from azeotrope.config import ConfigError
+from azeotrope.defenses import answers_only
+from azeotrope.generation import Sampling
+from azeotrope.pocket import language
+from azeotrope.pocket.problems import problems
+from azeotrope.tasks import PocketConfig, Problem
+from azeotrope.tokens import Boundary
+from azeotrope.traces import (
+    Trace,
+    ground_truth,
+    read_traces,
+    row_seed,
+    trace_id,
+    write_traces,
+)
+
+PROBLEM = Problem("sums", "train", 3, "one and two?", "3", "one and two make 3\n#### 3")
+BOUNDARY = Boundary()
+
+
+def trace(identity: str = "a", **changes: object) -> Trace:
+    base = Trace(
+        id=identity,
+        problem="sums/train/3",
+        template="plain-1",
+        sample=0,
+        question="one and two?",
+        reference="3",
+        text="<think> 1 + 2 = 3. </think> #### 3",
+        prompt_ids=(1, 2),
+        completion_ids=(5, 6, 7),
+        finished=True,
+        correct=True,
+        model="teacher",
+        defense="none",
+        decoding="greedy",
+        seed=(1 << 62) + 1,
+    )
+    return replace(base, **changes)
+
+
+def test_an_id_depends_on_every_part_and_on_nothing_else() -> None:
+    ids = {
+        trace_id(PROBLEM, "plain-1", 0),
+        trace_id(replace(PROBLEM, dataset="others"), "plain-1", 0),
+        trace_id(replace(PROBLEM, split="test"), "plain-1", 0),
+        trace_id(replace(PROBLEM, row=4), "plain-1", 0),
+        trace_id(PROBLEM, "plain-2", 0),
+        trace_id(PROBLEM, "plain-1", 1),
+    }
+    assert len(ids) == 6
+    reworded = replace(PROBLEM, question="?", answer="4", solution="#### 4")
+    assert trace_id(reworded, "plain-1", 0) == trace_id(PROBLEM, "plain-1", 0)
+    # Parts do not run into each other: row 1 of sample 11 is not row 11 of sample 1.
+    assert trace_id(replace(PROBLEM, row=1), "t\n1", 1) != trace_id(
+        replace(PROBLEM, row=1), "t", 11
+    )
+
+
+def test_seeds_differ_by_row_and_by_run() -> None:
+    seeds = {row_seed(identity, seed) for identity in ("a", "b", "1:a") for seed in range(50)}
+    assert len(seeds) == 150
+    assert all(0 <= seed < 1 << 63 for seed in seeds)
+    assert row_seed("a", 0) == row_seed("a", 0)
+
+
+def test_a_file_gives_back_what_was_written(tmp_path: Path) -> None:
+    written = [
+        trace("a"),
+        trace("b", prompt_ids=(), completion_ids=(), finished=False, correct=False),
+        trace("c", text="with\n\nlines, ünïcode and 'quotes'", sample=7),
+    ]
+    write_traces(tmp_path / "one.parquet", written)
+    assert read_traces(tmp_path / "one.parquet") == written
+    write_traces(tmp_path / "two.parquet", [trace("d")])
+    assert read_traces(tmp_path) == [*written, trace("d")]
+
+
+def test_an_id_that_occurs_twice_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"1 trace ids more than once, first a"):
+        write_traces(tmp_path / "one.parquet", [trace("a"), trace("b"), trace("a")])
+    assert list(tmp_path.iterdir()) == []
+    write_traces(tmp_path / "one.parquet", [trace("a")])
+    write_traces(tmp_path / "two.parquet", [trace("a")])
+    with pytest.raises(ValueError, match=r"1 trace ids more than once, first a"):
+        read_traces(tmp_path)
+
+
+def test_a_file_of_something_else_says_what_it_lacks(tmp_path: Path) -> None:
+    table = pa.table({"id": ["a"], "text": ["b"], "problem": ["c"]})
+    pq.write_table(table, tmp_path / "other.parquet")
+    with pytest.raises(ValueError, match=r"is not a trace file: it lacks template, sample, quest"):
+        read_traces(tmp_path)
+    for place in (tmp_path / "nowhere", tmp_path / "nowhere.parquet"):
+        with pytest.raises(FileNotFoundError, match="expected Parquet files"):
+            read_traces(place)
+
+
+def test_a_full_disk_leaves_finished_files_and_no_half_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_traces(tmp_path / "one.parquet", [trace("a")])
+
+    def full(table: pa.Table, where: Path, **options: object) -> None:
+        Path(where).write_bytes(b"PAR1 and not much more")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pq, "write_table", full)
+        for name in ("one.parquet", "two.parquet"):
+            with pytest.raises(OSError, match=r"No space left on device\); finished files") as e:
+                write_traces(tmp_path / name, [trace("b")])
+            assert e.value.errno == errno.ENOSPC
+            assert name in str(e.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["one.parquet"]
+    assert read_traces(tmp_path) == [trace("a")]
+
+
+def test_ground_truth_is_the_reference_solution_and_may_be_wrong() -> None:
+    task = tasks.build(PocketConfig(slip=0.25))
+    given = task.problems("train", 80)
+    found = ground_truth(task, given)
+    assert [item.text for item in found] == [problem.solution for problem in given]
+    assert [item.id for item in found] == [trace_id(p, task.template, 0) for p in given]
+    assert {item.model for item in found} == {"ground_truth"}
+    assert [item.correct for item in found] == [
+        item.text.endswith(f"#### {item.reference}") for item in found
+    ]
+    # Cheap labels have slips in them, and a slip can cancel out, so some but not all are wrong.
+    assert 20 < sum(item.correct for item in found) < 75
+    perfect = tasks.build(PocketConfig(slip=0.0))
+    assert all(item.correct for item in ground_truth(perfect, perfect.problems("train", 80)))
+
+
+def test_correct_only_keeps_right_answers_untouched() -> None:
+    given = [trace("a"), trace("b", correct=False), trace("c")]
+    assert cleanups.resolve("correct_only")(given, BOUNDARY) == [given[0], given[2]]
+    assert cleanups.resolve("none")(given, BOUNDARY) == given
+
+
+def test_drop_reasoning_leaves_the_answer() -> None:
+    (found,) = cleanups.resolve("drop_reasoning")([trace("a")], BOUNDARY)
+    assert found.text == "#### 3"
+    assert (found.prompt_ids, found.completion_ids) == ((), ())
+    assert (found.id, found.correct, found.question) == ("a", True, "one and two?")
+
+
+def test_digits_undo_number_words() -> None:
+    stream = problems("train", seed=5)
+    for problem, seed in zip(stream, range(60), strict=False):
+        in_words = language.reasoning(problem, Random(seed), notation="words")
+        in_digits = language.reasoning(problem, Random(seed), notation="digits")
+        (found,) = cleanups.resolve("digits")([trace("a", text=in_words)], BOUNDARY)
+        assert in_words != in_digits
+        assert found.text == in_digits
+        assert found.completion_ids == ()
+
+
+def test_an_unknown_clean_up_lists_those_there_are() -> None:
+    listed = ", ".join(cleanups.names())
+    with pytest.raises(ConfigError, match=f"unknown clean-up 'polish'; there are {listed}"):
+        cleanups.resolve("polish")
+
+
+def test_hiding_the_reasoning_keeps_the_answer_checkable() -> None:
+    task = tasks.build(PocketConfig(slip=0.25))
+    defense = answers_only.build(answers_only.Config())
+    for item in ground_truth(task, task.problems("train", 40)):
+        hidden = defense.rewrite(item.text, BOUNDARY)
+        assert "<think>" not in hidden
+        assert len(hidden.split()) == 2
+        assert task.check(hidden, item.reference) == item.correct
+
+
+@pytest.fixture(scope="module")
+def teacher() -> models.Loaded:
+    return models.load("pocket/teacher", device="cpu")
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0], ids=["greedy", "sampled"])
+def test_traces_are_the_same_however_the_problems_are_dealt(
+    teacher: models.Loaded, temperature: float
+) -> None:
+    task = tasks.build(PocketConfig())
+    given = list(task.problems("train", 8))
+    sampling = Sampling(temperature=temperature)
+
+    def taken(part: list[Problem], **more: int) -> list[Trace]:
+        return collect(teacher, task, part, sampling, **more)
+
+    whole = taken(given)
+    assert taken(given[:4]) + taken(given[4:]) == whole
+    odd, even = taken(given[1::2]), taken(given[::2])
+    assert sorted(odd + even, key=lambda item: item.id) == sorted(whole, key=lambda item: item.id)
+    assert taken(given[::-1])[::-1] == whole
+    assert [item.problem for item in whole] == [problem.id for problem in given]
+    assert all(task.check(item.text, item.reference) == item.correct for item in whole)
+    texts = [item.text for item in whole]
+    for changed in (taken(given, seed=1), taken(given, sample=1)):
+        assert ([item.text for item in changed] == texts) == (temperature == 0)
