@@ -100,6 +100,11 @@ def run(
 
 def _features(folder: Path, proxies: int) -> list[FeaturePair]:
     teacher = read_features(folder / "teacher")
+    if not teacher:
+        raise ValueError(
+            "no trace is left to train the head on: the teacher answered none of them right; "
+            "set training.only_correct=false, or take more traces"
+        )
     return pair_up(teacher, [read_features(folder / f"proxy-{i}") for i in range(proxies)])
 
 

@@ -21,6 +21,7 @@ class FeatureJob(Config):
     folder: str
     boundary: Boundary = Field(default_factory=Boundary)
     max_length: int = Field(default=256, ge=8)
+    only_correct: bool = False
 
 
 class TeacherActor:
@@ -64,4 +65,5 @@ def read_examples(job: FeatureJob, teacher: models.Loaded) -> list[Example]:
             id=trace.id,
         )
         for trace in traces
+        if trace.correct or not job.only_correct
     ]

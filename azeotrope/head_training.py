@@ -37,14 +37,19 @@ _FIT: dict[str, Any] = {
 
 
 class UtilityFloor(Config):
-    """The constraint: generated accuracy, greedy and sampled, as a share of the clean teacher's."""
+    """The constraint on generated accuracy, as shares of the clean teacher's.
 
-    share: float = Field(default=0.97, gt=0, le=1)
+    A few hundred problems choose the head, so its accuracy on new ones is a little lower: set the
+    floor above what must be kept.
+    """
+
+    greedy: float = Field(default=0.98, gt=0, le=1)
+    sampled: float = Field(default=0.95, gt=0, le=1)
     problems: int = Field(default=300, ge=1, description="held-out validation problems")
     temperature: float = Field(default=1.0, gt=0, description="of the sampled check")
-    rounds: int = Field(default=8, ge=1)
+    rounds: int = Field(default=4, ge=1)
     raise_by: float = Field(
-        default=1.5, ge=1, description="factor on the strength after a good round"
+        default=1.25, ge=1, description="factor on the strength after a good round"
     )
     lower_by: float = Field(default=0.5, gt=0, lt=1, description="factor after a bad one")
 
@@ -55,6 +60,10 @@ class HeadTraining(Config):
     fit: FitConfig = Field(default_factory=lambda: FitConfig.model_validate(_FIT))
     floor: UtilityFloor | None = Field(
         default_factory=UtilityFloor, description="null trains once, unconstrained, as published"
+    )
+    only_correct: bool = Field(
+        default=True,
+        description="learn only from own answers that are right; the paper takes all of them",
     )
     refreshes: int = Field(
         default=1,
@@ -163,8 +172,8 @@ def _search(
         log = _fit(head, proxies, data, defense, config.fit, folder, number, on_step)
         utility = measure(head)
         accepted = (
-            utility.greedy >= floor.share * clean.greedy
-            and utility.sampled >= floor.share * clean.sampled
+            utility.greedy >= floor.greedy * clean.greedy
+            and utility.sampled >= floor.sampled * clean.sampled
         )
         strength = defense.config.strength * factor
         this = Round(number, strength, utility, accepted, log[-1].loss if log else 0.0)

@@ -217,7 +217,9 @@ def _train_heads(
         )
         same = refresh == 0 and teacher == config.teacher and count == config.most_traces
         source = clean.traces if same else steps.traces([request])[0]
-        features = steps.features(source, teacher, config.proxies)
+        features = steps.features(
+            source, teacher, config.proxies, only_correct=choice.training.only_correct
+        )
         heads.append(steps.head(features, teacher, defense, choice.training))
         teacher = str(heads[-1].path / "teacher")
     return heads, teacher

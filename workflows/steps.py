@@ -3,6 +3,7 @@
 import json
 import shutil
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,6 +79,7 @@ class Steps:
 
     def traces(self, requests: Sequence[Request]) -> list[Stage]:
         """Make all requested traces in one pass over the generation workers."""
+        started = time.perf_counter()
         stages = [self._trace_stage(request) for request in requests]
         missing = {s.key: (r, s) for r, s in zip(requests, stages, strict=True) if not s.is_done}
         jobs = [job for request, stage in missing.values() for job in self._jobs(request, stage)]
@@ -89,9 +91,14 @@ class Steps:
                 chain = [pool.Link(GenerationWorker)]
                 texts = [job.model_dump_json() for job in waiting]
                 pool.run_jobs(texts, chain, self.config.resources, on_done=advance)
+        # Stages made in one pass share its time: their shards were made side by side.
+        seconds = time.perf_counter() - started
         for _, stage in missing.values():
-            # The shards are in place; what is left is to check and to rename.
-            self.cache.build(stage, _check_shards)
+            with self.cache.claim([stage]) as left:
+                for item in left:
+                    # Reading refuses ids that occur twice, within a shard and over all of them.
+                    read_traces(item.partial)
+                    self.cache.finish(item, seconds)
         return stages
 
     def _trace_stage(self, request: Request) -> Stage:
@@ -166,7 +173,9 @@ class Steps:
 
     # Heads -------------------------------------------------------------------------------
 
-    def features(self, traces: Stage, teacher: str, proxies: tuple[str, ...]) -> Stage:
+    def features(
+        self, traces: Stage, teacher: str, proxies: tuple[str, ...], *, only_correct: bool
+    ) -> Stage:
         """Frozen-trunk hidden states of teacher and proxies on the teacher's own traces."""
         config = self.config
         stage = self.cache.stage(
@@ -176,6 +185,7 @@ class Steps:
             proxies=[self._fingerprint(name) for name in proxies],
             boundary=config.boundary.dump(),
             max_length=config.max_length,
+            only_correct=only_correct,
         )
 
         def make(folder: Path) -> None:
@@ -186,6 +196,7 @@ class Steps:
                     folder=str(folder),
                     boundary=config.boundary,
                     max_length=config.max_length,
+                    only_correct=only_correct,
                 ).model_dump_json()
                 for file in files
             ]
@@ -315,8 +326,3 @@ class Steps:
 def describe(stage: Stage, file: str) -> dict[str, Any]:
     """What a head or a student stage says about itself."""
     return json.loads((stage.path / file).read_text())
-
-
-def _check_shards(folder: Path) -> None:
-    # Reading refuses ids that occur twice, within a shard and over all of them.
-    read_traces(folder)

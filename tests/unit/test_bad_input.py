@@ -79,8 +79,8 @@ def test_without_a_mistake_nothing_is_said(tmp_path: Path) -> None:
             ["defense doge: unknown key 'strenght'; allowed: clamp, mask, name,", "strength"],
         ),
         (
-            ["defenses.0.training.floor.shaer=1"],
-            ["unknown key 'defenses.0.training.floor.shaer'; allowed: ", "share"],
+            ["defenses.0.training.floor.greed=1"],
+            ["unknown key 'defenses.0.training.floor.greed'; allowed: ", "greedy"],
         ),
         (["attack.name=text_sft", "attack.fit.step=1"], ["attack text_sft", "fit.step", "steps"]),
         (

@@ -133,7 +133,7 @@ def test_if_nothing_is_good_the_head_is_as_it_was() -> None:
 def test_greedy_and_sampled_answers_must_both_stay_above_the_floor(
     utility: Utility, accepted: bool
 ) -> None:
-    result = search(new_head(), [utility], training(1, share=0.5))
+    result = search(new_head(), [utility], training(1, greedy=0.5, sampled=0.5))
     assert result.rounds[0].accepted is accepted
     assert result.rounds[0].utility == utility
 
