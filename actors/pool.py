@@ -11,6 +11,10 @@ from ray.data import ActorPoolStrategy, DataContext
 from actors.resources import Resources, Slots
 
 
+class WorkerError(RuntimeError):
+    """An actor met bad data or a full disk; the message is the one it raised."""
+
+
 @dataclass(frozen=True)
 class Link:
     """One kind of actor in the chain, and what each is constructed with."""
@@ -34,7 +38,8 @@ def run_jobs(
         on_done: called with the number of jobs finished since the last call.
 
     Raises:
-        ray.exceptions.RayTaskError: the first error of an actor, its cause included.
+        WorkerError: the first error of an actor that its user can do something about.
+        Exception: any other, as it came.
     """
     if not jobs:
         return
@@ -43,9 +48,9 @@ def run_jobs(
     context.print_on_execution_start = False
     context.verbose_stats_logs = False
     slots = Slots.of(resources).generation(resources, len(jobs))
-    # All links of a chain live at once, so they share the slots; starting a worker costs seconds.
+    # All links of a chain live at once, so together they ask for what one worker may have.
     workers = max(1, slots // len(chain))
-    cpus = resources.cpus * min(1.0, slots / len(chain))
+    cpus, gpus = resources.cpus / len(chain), resources.gpus / len(chain)
     data = ray.data.from_items([{"job": job} for job in jobs], override_num_blocks=len(jobs))
     with warnings.catch_warnings():
         # Ray 2.60 warns about these two, and has no named parameters for them yet; without
@@ -58,10 +63,31 @@ def run_jobs(
                 batch_size=1,
                 compute=ActorPoolStrategy(size=workers),
                 num_cpus=cpus,
-                num_gpus=resources.gpus * min(1.0, slots / len(chain)) or None,
+                num_gpus=gpus or None,
                 max_restarts=resources.restarts,
                 max_task_retries=resources.restarts,
             )
-    for _ in data.iter_rows():
-        if on_done is not None:
-            on_done(1)
+    try:
+        for _ in data.iter_rows():
+            if on_done is not None:
+                on_done(1)
+    except Exception as error:
+        reason = _reason(error)
+        if reason is None:
+            raise
+        raise WorkerError(str(reason)) from error
+
+
+def _reason(error: BaseException | None) -> Exception | None:
+    """The innermost error of a chain, if it is of a kind whose message is for the user."""
+    found: Exception | None = None
+    while error is not None:
+        inner = getattr(error, "cause", None)
+        if isinstance(inner, ValueError | OSError):
+            found = inner
+        if isinstance(error, ValueError | OSError) and not isinstance(
+            error, ray.exceptions.RayError
+        ):
+            found = error
+        error = inner if isinstance(inner, BaseException) else error.__cause__
+    return found

@@ -17,11 +17,14 @@ _QUIET = {
     "RAY_TRAIN_METRICS_ENABLED": "0",
     # Placement is checked beforehand; a worker may still wait for another stage to end.
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "3600",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_DEDUP_LOGS": "1",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "TOKENIZERS_PARALLELISM": "false",
 }
 _WORKER_ENV = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+# A machine of one's own is never taken away, and each of Train's companions is one more process.
+_LOCAL = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
 _PASSED_ON = ("AZEOTROPE_DATA",)
 
 
@@ -47,18 +50,18 @@ def start(resources: Resources, *, offline: bool) -> None:
     # A cluster that runs already has the environment it was started in, not this one.
     env |= {key: os.environ[key] for key in _PASSED_ON if key in os.environ}
     env["PYTHONPATH"] = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH")) if p)
-    runtime_env = {"env_vars": env}
     address = os.environ.get("RAY_ADDRESS")
     last: Exception | None = None
     for _ in range(ATTEMPTS):
         try:
             if address:
-                ray.init(address, runtime_env=runtime_env, log_to_driver=False)
+                ray.init(address, runtime_env={"env_vars": env}, log_to_driver=False)
             else:
+                # Children inherit the environment; a runtime_env would start every one anew.
+                os.environ.update(_LOCAL | env)
                 ray.init(
                     num_cpus=int(resources.num_cpus) if resources.num_cpus else None,
                     include_dashboard=False,
-                    runtime_env=runtime_env,
                     log_to_driver=False,
                     logging_level=logging.ERROR,
                     _node_ip_address="127.0.0.1",

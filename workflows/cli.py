@@ -95,8 +95,8 @@ def _is_expected(error: Exception) -> bool:
     """Errors whose message is written for the user; anything else is a bug and shows its trace."""
     from azeotrope.config import ConfigError
 
-    names = {"RayStartError", "TrainingError", "ExportError"}
-    return isinstance(error, ConfigError | FileNotFoundError) or type(error).__name__ in names
+    names = {"RayStartError", "TrainingError", "WorkerError", "ExportError"}
+    return isinstance(error, ConfigError | OSError) or type(error).__name__ in names
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ what is there and ends with the same numbers.
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, as_completed, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,8 @@ EXAMPLES = 12
 WIDTH = 150
 QUEUE = 9
 """Students a Ray Train run teaches at most: few enough that no slot idles at the end."""
+LEAST = 2
+"""And at least, if there are as many: starting a run costs as much as teaching one."""
 
 
 @dataclass(frozen=True)
@@ -141,7 +143,7 @@ def _defend_and_rob(
                 return
             new = [_plan(steps, *pair) for pair in zip(cells, sources, strict=True)]
             plans.update(zip(cells, new, strict=True))
-            size = min(QUEUE, -(-len(new) // width))
+            size = min(QUEUE, max(LEAST, -(-len(new) // width)))
             for start in range(0, len(new), size):
                 robberies.append(threads.submit(steps.students, new[start : start + size]))
 
@@ -150,11 +152,11 @@ def _defend_and_rob(
             defended = [threads.submit(defend, config, steps, c, clean) for c in config.defenses]
             cells = list(_baseline_cells(config))
             rob(cells, [truth if c.attack == "sft_only" else clean.traces for c in cells])
-            taught = []
-            for choice, future in zip(config.defenses, defended, strict=True):
-                taught.append(future.result())
-                cells = _defended_cells(config, choice, taught[-1].strength)
-                rob(cells, [taught[-1].traces] * len(cells))
+            for future in as_completed(defended):
+                result = future.result()
+                assert result.choice is not None
+                cells = _defended_cells(config, result.choice, result.strength)
+                rob(cells, [result.traces] * len(cells))
             for done in wait(robberies, return_when=FIRST_EXCEPTION).done:
                 done.result()
         except BaseException:
@@ -162,6 +164,7 @@ def _defend_and_rob(
             threads.shutdown(wait=False, cancel_futures=True)
             steps.stop()
             raise
+    taught = [future.result() for future in defended]
     return taught, {cell: plan.stage for cell, plan in plans.items()}
 
 
@@ -211,14 +214,21 @@ def _train_heads(
     heads: list[Stage] = []
     for refresh in range(choice.training.refreshes + 1):
         count = config.head_traces or config.traces
-        # The first round reads the thief's traces if they are as many: made already.
-        request = Request(
-            teacher, "teacher", "train", count, config.sampling, defense=choice.label, seed=refresh
-        )
-        same = refresh == 0 and teacher == config.teacher and count == config.most_traces
-        source = clean.traces if same else steps.traces([request])[0]
+        if refresh == 0 and teacher == config.teacher and count <= config.most_traces:
+            source = clean.traces
+        else:
+            request = Request(
+                teacher,
+                "teacher",
+                "train",
+                count,
+                config.sampling,
+                defense=choice.label,
+                seed=refresh,
+            )
+            source = steps.traces([request])[0]
         features = steps.features(
-            source, teacher, config.proxies, only_correct=choice.training.only_correct
+            source, teacher, config.proxies, count, only_correct=choice.training.only_correct
         )
         heads.append(steps.head(features, teacher, defense, choice.training))
         teacher = str(heads[-1].path / "teacher")
@@ -237,7 +247,7 @@ def _baseline_cells(config: ExperimentConfig) -> Iterator[Cell]:
 def _defended_cells(config: ExperimentConfig, choice: DefenseChoice, strength: float) -> list[Cell]:
     cells: list[Cell] = []
     attack = str(config.attack["name"])
-    is_baseline = all(part["name"] == "answers_only" for part in choice.parts)
+    is_baseline = all(part.is_baseline for part in choice.resolve())
     for seed, student in _each(config):
         # The baseline gets no clean-ups: there is nothing in an answer to clean.
         for traces in (config.traces,) if is_baseline else _budgets(config):

@@ -174,10 +174,21 @@ class Steps:
     # Heads -------------------------------------------------------------------------------
 
     def features(
-        self, traces: Stage, teacher: str, proxies: tuple[str, ...], *, only_correct: bool
+        self,
+        traces: Stage,
+        teacher: str,
+        proxies: tuple[str, ...],
+        count: int,
+        *,
+        only_correct: bool,
     ) -> Stage:
-        """Frozen-trunk hidden states of teacher and proxies on the teacher's own traces."""
+        """Frozen-trunk hidden states of teacher and proxies on the teacher's own traces.
+
+        Args:
+            count: traces wanted; whole shards are taken until there are as many.
+        """
         config = self.config
+        files = sorted(traces.path.glob("*.parquet"))[: -(-count // config.shard)]
         stage = self.cache.stage(
             "features",
             traces=traces.key,
@@ -186,10 +197,10 @@ class Steps:
             boundary=config.boundary.dump(),
             max_length=config.max_length,
             only_correct=only_correct,
+            files=[file.name for file in files],
         )
 
         def make(folder: Path) -> None:
-            files = sorted(traces.path.glob("*.parquet"))
             jobs = [
                 FeatureJob(
                     traces=str(file),

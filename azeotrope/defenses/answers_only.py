@@ -17,6 +17,7 @@ class AnswersOnly(Defense):
     """
 
     stage = "text"
+    is_baseline = True
 
     def rewrite(self, text: str, boundary: Boundary) -> str:
         return text if self.is_identity else without_reasoning(text, boundary)

@@ -69,6 +69,8 @@ class Defense:
 
     stage: ClassVar[Stage]
     needs_proxies: ClassVar[bool] = False
+    is_baseline: ClassVar[bool] = False
+    """A yardstick for the others: measured at one budget, without clean-ups."""
 
     def __init__(self, config: Any) -> None:
         self.config = config
