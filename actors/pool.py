@@ -7,6 +7,7 @@ from typing import Any
 
 import ray
 from ray.data import ActorPoolStrategy, DataContext
+from ray.exceptions import RayError
 
 from actors.resources import Resources, Slots
 
@@ -85,9 +86,7 @@ def _reason(error: BaseException | None) -> Exception | None:
         inner = getattr(error, "cause", None)
         if isinstance(inner, ValueError | OSError):
             found = inner
-        if isinstance(error, ValueError | OSError) and not isinstance(
-            error, ray.exceptions.RayError
-        ):
+        if isinstance(error, ValueError | OSError) and not isinstance(error, RayError):
             found = error
         error = inner if isinstance(inner, BaseException) else error.__cause__
     return found

@@ -320,7 +320,7 @@ def _listening() -> list[tuple[str, int]]:
     import psutil
 
     return [
-        (connection.laddr.ip, connection.laddr.port)
+        (connection.laddr.ip, connection.laddr.port)  # type: ignore[attr-defined]
         for connection in psutil.net_connections(kind="tcp")
         if connection.status == psutil.CONN_LISTEN
     ]

@@ -101,7 +101,8 @@ def run(config: ExperimentConfig, console: Console | None = None) -> Path:
 
 def clean_teacher(config: ExperimentConfig, steps: Steps) -> Taught:
     """What the undefended teacher writes."""
-    return Taught(None, *steps.traces(_teacher_requests(config, config.teacher, "none", ())))
+    traces, greedy, sampled = steps.traces(_teacher_requests(config, config.teacher, "none", ()))
+    return Taught(None, traces, greedy, sampled)
 
 
 def _clean(config: ExperimentConfig, steps: Steps) -> tuple[Taught, dict[str, Stage]]:
@@ -238,7 +239,7 @@ def _train_heads(
 def _baseline_cells(config: ExperimentConfig) -> Iterator[Cell]:
     for seed, student in _each(config):
         yield Cell(student, "none", 0.0, "sft_only", "none", config.traces, seed)
-        for traces in _budgets(config):
+        for traces in _budgets(config, seed):
             yield Cell(student, "none", 0.0, config.attack["name"], "none", traces, seed)
         for cleanup in config.cleanups:
             yield Cell(student, "none", 0.0, config.attack["name"], cleanup, config.traces, seed)
@@ -250,7 +251,7 @@ def _defended_cells(config: ExperimentConfig, choice: DefenseChoice, strength: f
     is_baseline = all(part.is_baseline for part in choice.resolve())
     for seed, student in _each(config):
         # The baseline gets no clean-ups: there is nothing in an answer to clean.
-        for traces in (config.traces,) if is_baseline else _budgets(config):
+        for traces in (config.traces,) if is_baseline else _budgets(config, seed):
             cells.append(Cell(student, choice.label, strength, attack, "none", traces, seed))
         for cleanup in () if is_baseline else config.cleanups:
             cells.append(
@@ -271,8 +272,10 @@ def _each(config: ExperimentConfig) -> Iterator[tuple[int, StudentConfig]]:
             yield seed, student
 
 
-def _budgets(config: ExperimentConfig) -> tuple[int, ...]:
-    return tuple(sorted({config.traces, *config.budgets}))
+def _budgets(config: ExperimentConfig, seed: int) -> tuple[int, ...]:
+    """How many traces are stolen, for students of one seed."""
+    on_curve = config.curve_seeds is None or seed in config.curve_seeds
+    return tuple(sorted({config.traces, *(config.budgets if on_curve else ())}))
 
 
 # Results -----------------------------------------------------------------------------------

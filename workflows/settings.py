@@ -99,6 +99,9 @@ class ExperimentConfig(Config):
         "memory and lose less when a worker dies",
     )
     seeds: tuple[int, ...] = Field(default=(0,), min_length=1)
+    curve_seeds: tuple[int, ...] | None = Field(
+        default=None, description="seeds of the budget curve's other points; null takes all"
+    )
     save_students: bool = True
     resources: Resources = Field(default_factory=Resources)
     runs: str = Field(default="runs", description="folder for results")

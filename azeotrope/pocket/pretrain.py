@@ -26,7 +26,7 @@ from azeotrope.generation import Sampling, generate
 from azeotrope.models import POCKET, Loaded, parameter_count, save
 from azeotrope.pocket import language
 from azeotrope.pocket.family import FAMILY, Member, Phase
-from azeotrope.pocket.problems import VERSION, problems
+from azeotrope.pocket.problems import VERSION, Range, problems
 from azeotrope.pocket.tokenizer import build as build_tokenizer
 from azeotrope.tasks.pocket import Pocket, PocketConfig
 from azeotrope.training import LogEntry, fit
@@ -55,11 +55,12 @@ def train(member: Member, folder: Path) -> None:
     """Train one member, measure it on held-out problems, and write it."""
     tokenizer = build_tokenizer(member.tokenizer)
     torch.manual_seed(member.phases[0].fit.seed)
-    model = AutoModelForCausalLM.from_config(
-        member.config(
-            len(tokenizer), tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id
-        )
+    # The special tokens are single strings, so each id is one integer.
+    eos, bos, pad = (
+        int(tokenizer.convert_tokens_to_ids(token))  # type: ignore[arg-type]
+        for token in ("<eos>", "<bos>", "<pad>")
     )
+    model = AutoModelForCausalLM.from_config(member.config(len(tokenizer), eos, bos, pad))
     loaded = Loaded(model, tokenizer)
     log: list[LogEntry] = []
     seconds = 0.0
@@ -67,7 +68,7 @@ def train(member: Member, folder: Path) -> None:
         data = corpus(tokenizer, phase, seed=1000 * phase.fit.seed + number + 1)
 
         def loss(items: list[tokens.Example]) -> heads.TokenSum:
-            return heads.sequence_loss(model, tokens.collate(items, tokenizer.pad_token_id))
+            return heads.sequence_loss(model, tokens.collate(items, pad))
 
         def report(entry: LogEntry) -> None:
             if entry.step % 100 == 0:
@@ -143,11 +144,11 @@ def corpus(tokenizer: PreTrainedTokenizerBase, phase: Phase, seed: int) -> list[
     return data
 
 
-def accuracy(loaded: Loaded, difficulty: str, temperature: float) -> float:
+def accuracy(loaded: Loaded, difficulty: Range, temperature: float) -> float:
     """Share of right answers on the first held-out test problems."""
     task = Pocket(PocketConfig())
     steps = (3, 4) if difficulty == "full" else (1, 4)
-    chosen = list(islice(problems("test", difficulty=difficulty, steps=steps), HELD_OUT))  # type: ignore[arg-type]
+    chosen = list(islice(problems("test", difficulty=difficulty, steps=steps), HELD_OUT))
     sampling = Sampling(temperature=temperature, max_new_tokens=96)
     right = 0
     for start in range(0, HELD_OUT, 250):

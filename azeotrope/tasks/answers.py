@@ -141,5 +141,8 @@ def _equal(given: str, reference: str) -> bool:
 
     # It warns about each missing time limit; the docstring of `same` says why there is none.
     logging.getLogger("math_verify").setLevel(logging.ERROR)
-    first, second = (parse(f"${text}$", parsing_timeout=None) for text in (reference, given))
+    first, second = (
+        parse(f"${text}$", parsing_timeout=None)  # type: ignore[arg-type]
+        for text in (reference, given)
+    )
     return bool(verify(first, second, timeout_seconds=None))
