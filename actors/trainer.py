@@ -54,15 +54,16 @@ def train(
         storage: where Ray Train keeps its own records, and where progress is written.
 
     Raises:
-        TrainingError: if a task itself is at fault (no retry helps).
-        ray.train.TrainingFailedError: if workers died more often than allowed.
+        TrainingError: if a task itself is at fault (no retry helps), or workers failed more often
+            than they may be started again.
+        ray.train.ControllerError: if Ray Train itself could not go on.
     """
     for task in tasks:
         Path(task.folder).mkdir(parents=True, exist_ok=True)
         (Path(task.folder) / FAILURE).unlink(missing_ok=True)
     workers = resources.workers_per_head if kind == "head" else resources.workers_per_student
     asked = {"CPU": resources.cpus} | ({"GPU": resources.gpus} if resources.gpus else {})
-    TorchTrainer(
+    trainer = TorchTrainer(
         _loop,
         train_loop_config={
             "kind": kind,
@@ -81,7 +82,15 @@ def train(
                 max_failures=resources.restarts, controller_failure_limit=resources.restarts
             ),
         ),
-    ).fit()
+    )
+    try:
+        trainer.fit()
+    except ray.train.WorkerGroupError as error:
+        # A full disk, for one: what the workers raised says more than that they failed.
+        reasons = {str(reason) for reason in error.worker_failures.values()}
+        raise TrainingError(
+            f"training failed {resources.restarts + 1} times: {'; '.join(sorted(reasons))}"
+        ) from error
     for task in tasks:
         failure = Path(task.folder) / FAILURE
         if failure.is_file():

@@ -68,7 +68,8 @@ def resolve(name: str) -> str:
                 f"no checkpoint at {name}: expected a folder with config.json and safetensors; "
                 "give a folder that save_pretrained wrote, a hub name, or pocket/NAME"
             )
-        return str(path)
+        # Workers may run in another folder.
+        return str(path.resolve())
     return name
 
 

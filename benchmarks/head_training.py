@@ -9,8 +9,8 @@ cross-entropy and KL are taken over the whole tensors, AdamW.
 
 Both train the same head on the same sequences from the same start, so their losses must agree;
 the run fails if they do not. Each variant is a process of its own, so that its peak of memory is
-its own. Memory is counted from the moment the models are loaded: features, logits, gradients and
-optimizer state are in it, weights are not.
+its own. Memory is what a step needs beyond weights, features and optimizer state: logits, what is
+made of them, and the head's gradient.
 """
 
 import argparse
@@ -68,7 +68,7 @@ SHAPES = {
 WIDE_VOCAB = 151_936
 WIDE_HIDDEN = 2048
 WIDE_PROXY_HIDDEN = 1024
-WIDE_LAYERS = 2
+WIDE_LAYERS = 8
 WIDE_PROMPT = 1
 WIDE_ANSWER = 16
 """Completion tokens of each row of the wide shape that are no reasoning."""
@@ -334,10 +334,13 @@ def child(role: Role, shape: Shape, tokens: int, folder: Path) -> None:
         return
     step = (cached if role == "cached" else full)(shape, folder)
     print(json.dumps({"loaded": _loaded_bytes}), flush=True)
-    for line in sys.stdin:
+    for number, line in enumerate(sys.stdin):
         started = time.perf_counter()
         loss = step(int(line))
         seconds = time.perf_counter() - started
+        if number == 0:
+            # The optimizer's state exists from the first step on, the same in both variants.
+            mark_memory()
         peak = peak_bytes() - _loaded_bytes
         print(json.dumps({"loss": loss, "seconds": seconds, "peak": peak}), flush=True)
 
@@ -438,7 +441,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=[*SHAPES, "both"], default="both")
     parser.add_argument("--steps", type=int, help="steps that count (pocket 15, wide 1)")
-    parser.add_argument("--tokens", type=int, default=1024, help="of the wide shape, a step")
+    parser.add_argument("--tokens", type=int, default=2048, help="of the wide shape, a step")
     parser.add_argument("--role", choices=["prepare", "cached", "full"], help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -453,8 +456,8 @@ def main() -> None:
         "ms cached",
         "ms full",
         "time x",
-        "MB cached",
-        "MB full",
+        "step MB cached",
+        "step MB full",
         "memory x",
     ):
         table.add_column(column, justify="left" if column == "shape" else "right")

@@ -124,8 +124,8 @@ def corpus(tokenizer: PreTrainedTokenizerBase, phase: Phase, seed: int) -> list[
     """Fresh problems of the train split with reasoning in the phase's notations."""
     rng = Random(seed)
     streams = {
-        kind: problems("train", difficulty=kind, steps=steps, seed=seed)
-        for kind, steps in (("full", (2, 4)), ("easy", (1, 4)))
+        "full": problems("train", difficulty="full", steps=(2, 4), seed=seed),
+        "easy": problems("train", difficulty="easy", steps=(1, 4), seed=seed),
     }
     data: list[tokens.Example] = []
     for index in range(phase.fit.steps * phase.fit.batch_size):
