@@ -13,8 +13,9 @@ from rich.table import Table
 from actors import session
 from azeotrope.traces import read_traces
 from workflows.display import Display
-from workflows.pipeline import Taught, clean_teacher, defend
+from workflows.pipeline import clean_teacher, defend
 from workflows.preflight import preflight
+from workflows.results import Taught
 from workflows.settings import ExperimentConfig, load
 from workflows.stages import Stage
 from workflows.steps import Steps

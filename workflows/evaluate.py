@@ -12,8 +12,8 @@ from actors import session
 from azeotrope.evaluation import summarise
 from azeotrope.traces import read_traces
 from workflows.display import Display
-from workflows.pipeline import score
 from workflows.preflight import preflight
+from workflows.results import score
 from workflows.settings import ExperimentConfig, load
 from workflows.steps import Request, Steps
 

@@ -7,15 +7,9 @@ from pathlib import Path
 import pytest
 
 from azeotrope.evaluation import Row, results_document, wilson
-from azeotrope.report import (
-    headline,
-    percent,
-    plain_words,
-    result_table,
-    times,
-    word_changes,
-    write_report,
-)
+from azeotrope.report import word_changes, write_report
+from azeotrope.summary import plain_words
+from azeotrope.tables import headline, percent, result_table, times
 
 
 def accuracy(role: str, correct: int, n: int = 400, **fields: object) -> Row:

@@ -17,11 +17,14 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 from azeotrope import models, smollm2
 from azeotrope.config import ConfigError
 from azeotrope.evaluation import Row, results_document, wilson
-from azeotrope.report import plain_words, result_table, teacher_table, write_report
+from azeotrope.report import write_report
+from azeotrope.summary import plain_words
+from azeotrope.tables import result_table, teacher_table
 from azeotrope.tasks import Gsm8kConfig, JsonlConfig, PocketConfig, build, is_local
 from workflows import preflight, settings, steps, validate
 from workflows.display import Display
-from workflows.pipeline import _notes, cells_of
+from workflows.pipeline import cells_of
+from workflows.results import _notes
 
 ROOT = Path(__file__).parents[2]
 VOCABULARY = 19
