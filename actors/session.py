@@ -8,6 +8,7 @@ from pathlib import Path
 import ray
 
 from actors.resources import Resources
+from azeotrope.tasks import gsm8k
 
 logger = logging.getLogger(__name__)
 ATTEMPTS = 3
@@ -25,7 +26,6 @@ _QUIET = {
 _WORKER_ENV = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
 # A machine of one's own is never taken away, and each of Train's companions is one more process.
 _LOCAL = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
-_PASSED_ON = ("AZEOTROPE_DATA",)
 
 
 class RayStartError(RuntimeError):
@@ -48,7 +48,8 @@ def start(resources: Resources, *, offline: bool) -> None:
     env = dict(_WORKER_ENV) if offline else {k: v for k, v in _WORKER_ENV.items() if k[:2] != "HF"}
     root = str(Path(__file__).resolve().parent.parent)
     # A cluster that runs already has the environment it was started in, not this one.
-    env |= {key: os.environ[key] for key in _PASSED_ON if key in os.environ}
+    data = gsm8k.data_folder()
+    env |= {gsm8k.DATA: str(data.resolve())} if data is not None else {}
     env["PYTHONPATH"] = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH")) if p)
     address = os.environ.get("RAY_ADDRESS")
     last: Exception | None = None

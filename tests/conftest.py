@@ -2,10 +2,9 @@
 
 Not covered here, and why:
 
-- Engines on a GPU (`tests/gpu`): skipped where there is no CUDA device, so on most machines the
-  vLLM adapter and bfloat16 numerics are only checked against the CPU reference.
-- Several machines: `tests/ray` starts more than one node on one machine, which finds faults of
-  scheduling and recovery, but none of networks or of file systems that are not shared.
+- GPUs: no machine that runs these tests has one; placement and bfloat16 were read, not run.
+- Several machines: `tests/ray` uses one machine, which finds faults of scheduling and recovery, but
+  none of networks or of file systems that are not shared.
 - Downloads: no test needs a network, so models and data sets of a hub are never read.
 - The quality of a defense: tests state identities; what a defense buys is measured by workflows,
   over seeds and with intervals, because one run of one student proves nothing.

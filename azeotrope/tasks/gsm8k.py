@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from azeotrope.config import Config
 from azeotrope.tasks import answers
@@ -29,25 +29,45 @@ class Gsm8kConfig(Config):
     name: Literal["gsm8k"] = "gsm8k"
     path: str | None = Field(
         default=None,
-        description="folder with train.jsonl and test.jsonl; null takes gsm8k/ of the folder in "
-        f"the environment variable {DATA} if its files are there, and downloads {HUB} if not",
+        description="folder with train.jsonl and test.jsonl; null takes gsm8k/ of the data folder "
+        f"(see data_folder) if its files are there, and downloads {HUB} if not",
     )
     validation: int = Field(
         default=500, ge=0, description="how many of the last train rows are the validation split"
     )
 
+    @field_validator("path")
+    @classmethod
+    def _absolute(cls, path: str | None) -> str | None:
+        # Workers may run in another folder than the one the path was written in.
+        return None if path is None else str(Path(path).expanduser().resolve())
+
     @property
     def folder(self) -> Path | None:
         """Where the files are on this machine; None if they must be downloaded.
 
-        The variable is looked up at each call and never written down, so a stage made with it is
-        the same as one made from the hub.
+        The data folder is looked for at each call and never written down, so a stage made with it
+        is the same as one made from the hub.
         """
         if self.path is not None:
-            return Path(self.path).expanduser()
-        root = os.environ.get(DATA)
-        folder = Path(root).expanduser() / "gsm8k" if root else None
-        return folder if folder is not None and (folder / "train.jsonl").is_file() else None
+            return Path(self.path)
+        root = data_folder()
+        return root / "gsm8k" if root is not None else None
+
+
+def data_folder() -> Path | None:
+    """The folder whose `gsm8k/` has the files.
+
+    The one in the environment variable, or else `data` or `shared/data` in the working folder or
+    in one above it.
+    """
+    given = os.environ.get(DATA)
+    here = Path.cwd()
+    above = [up / name for up in (here, *here.parents) for name in ("data", "shared/data")]
+    for root in [Path(given).expanduser()] if given else above:
+        if (root / "gsm8k" / "train.jsonl").is_file():
+            return root
+    return None
 
 
 class Gsm8k:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from azeotrope.config import Config
 from azeotrope.tasks import answers
@@ -23,6 +23,12 @@ class JsonlConfig(Config):
     train: str = Field(description='JSONL file of {"question", "answer"[, "solution"]}')
     test: str = Field(description="the same, for problems nobody trains on")
     validation: str | None = Field(default=None, description="the same, to choose settings with")
+
+    @field_validator("train", "test", "validation")
+    @classmethod
+    def _absolute(cls, path: str | None) -> str | None:
+        # Workers may run in another folder than the one the path was written in.
+        return None if path is None else str(Path(path).expanduser().resolve())
 
 
 class Jsonl:

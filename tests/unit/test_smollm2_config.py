@@ -125,6 +125,7 @@ def test_the_variable_names_a_folder_only_where_no_path_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("AZEOTROPE_DATA", raising=False)
+    monkeypatch.chdir(tmp_path)
     assert Gsm8kConfig().folder is None
     monkeypatch.setenv("AZEOTROPE_DATA", str(tmp_path))
     assert Gsm8kConfig().folder is None
@@ -136,8 +137,22 @@ def test_the_variable_names_a_folder_only_where_no_path_does(
     assert Gsm8kConfig().dump()["path"] is None
 
 
-def test_what_must_be_downloaded_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_data_folder_above_the_working_folder_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("AZEOTROPE_DATA", raising=False)
+    folder = write_gsm8k(tmp_path / "shared/data/gsm8k")
+    below = tmp_path / "checkout/runs"
+    below.mkdir(parents=True)
+    monkeypatch.chdir(below)
+    assert Gsm8kConfig().folder == folder
+    monkeypatch.setenv("AZEOTROPE_DATA", str(below))
+    assert Gsm8kConfig().folder is None
+
+
+def test_what_must_be_downloaded_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("AZEOTROPE_DATA", raising=False)
+    monkeypatch.chdir(tmp_path)
     assert not is_local(Gsm8kConfig())
     assert is_local(Gsm8kConfig(path="somewhere"))
     assert is_local(PocketConfig())

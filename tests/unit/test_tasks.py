@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import subprocess
 import sys
 import threading
@@ -19,6 +18,7 @@ from azeotrope.pocket import language
 from azeotrope.pocket.problems import Split, apply, problems
 from azeotrope.tasks import Gsm8kConfig, JsonlConfig, PocketConfig, TaskConfig, answers, build
 from azeotrope.tasks.base import Problem
+from azeotrope.tasks.gsm8k import data_folder
 
 FROZEN = {
     "train": "09761b49f08720fa50d4b508275f7c7199e00142cdc5699db093a789f8896abf",
@@ -298,9 +298,10 @@ def test_a_missing_or_empty_file_says_what_is_expected(tmp_path: Path) -> None:
 
 
 def test_the_published_gsm8k_reads_whole() -> None:
-    folder = Path(os.environ.get("AZEOTROPE_DATA", "")) / "gsm8k"
-    if not os.environ.get("AZEOTROPE_DATA") or not folder.is_dir():
-        pytest.skip("AZEOTROPE_DATA does not point at a folder with gsm8k/")
+    root = data_folder()
+    if root is None:
+        pytest.skip("there is no data folder with gsm8k/; AZEOTROPE_DATA may name one")
+    folder = root / "gsm8k"
     task = build(Gsm8kConfig(path=str(folder)))
     every = [
         *task.problems("train", 6973),
