@@ -127,7 +127,7 @@ def _utility_words(kept: Estimate) -> str:
         return "The accuracy of the defended teacher was not measured."
     if kept == CERTAIN:
         return "The teacher's answers are unchanged."
-    verdict = "" if kept.lo <= 1 <= kept.hi else ", which users will notice"
+    verdict = "" if kept.lo <= 1 <= kept.hi else ", which is less than all of it"
     if kept.lo > 1:
         verdict = ", more than it had"
     return f"The teacher kept {percent(kept)} of its accuracy{verdict}."

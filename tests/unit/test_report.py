@@ -116,7 +116,7 @@ def test_words_for_a_defense_that_works_and_costs() -> None:
     words = words_on(study(60, doge_teacher=200), "doge")
     assert "the defense removed 90.0 %" in words
     assert "more than answers_only" in words
-    assert "which users will notice" in words
+    assert "which is less than all of it" in words
 
 
 def test_words_for_a_tie_with_hiding_the_reasoning() -> None:
