@@ -68,7 +68,7 @@ SHAPES = {
 WIDE_VOCAB = 151_936
 WIDE_HIDDEN = 2048
 WIDE_PROXY_HIDDEN = 1024
-WIDE_LAYERS = 8
+WIDE_LAYERS = 4
 WIDE_PROMPT = 1
 WIDE_ANSWER = 16
 """Completion tokens of each row of the wide shape that are no reasoning."""

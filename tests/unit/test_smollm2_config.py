@@ -205,7 +205,8 @@ def test_a_missing_package_is_one_error_that_names_the_remedy(
     assert not home.exists()
 
 
-def test_layers_that_do_not_exist_are_refused(home: Path, tmp_path: Path) -> None:
+def test_layers_that_do_not_exist_are_refused(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(smollm2, "weights", lambda: Path("unread.gguf"))
     config = settings.load("smollm2_gsm8k", ["proxies=['smollm2:30']"])
     with pytest.raises(ConfigError, match="an early exit keeps 1 to 29"):
         preflight.preflight(config, convert=False)
