@@ -55,7 +55,10 @@ class Jsonl:
 
     def problems(self, split: str, count: int, *, skip: int = 0) -> Sequence[Problem]:
         if split not in self._rows:
-            raise ValueError(f"this task has files for {', '.join(self._rows)}; got {split!r}")
+            raise ValueError(
+                f"this task has files for {', '.join(self._rows)}; got {split!r}, "
+                f"so set task.{split} to a file of problems"
+            )
         return take(self._rows[split], count, skip, dataset=self.name, split=split)
 
     def messages(self, question: str) -> list[Message]:
