@@ -65,7 +65,6 @@ def start(resources: Resources, *, offline: bool) -> None:
                     include_dashboard=False,
                     log_to_driver=False,
                     logging_level=logging.ERROR,
-                    _node_ip_address="127.0.0.1",
                 )
             _tighten_token()
             _silence()
