@@ -56,6 +56,7 @@ def refused(tmp_path: Path):
 
 def test_without_a_mistake_nothing_is_said(tmp_path: Path) -> None:
     preflight(settings.load("pocket_demo", [f"cache={tmp_path}", *FEW]))
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -211,7 +212,10 @@ def test_a_disk_that_is_nearly_full(refused, monkeypatch: pytest.MonkeyPatch) ->
 def test_a_defense_that_needs_no_proxy_is_content_without(tmp_path: Path) -> None:
     yaml = tmp_path / "alone.yaml"
     yaml.write_text("name: alone\nproxies: []\ndefenses:\n  - parts: [{name: answers_only}]\n")
-    preflight(settings.load(str(yaml), [f"cache={tmp_path}", *FEW]))
+    config = settings.load(str(yaml), [f"cache={tmp_path}", *FEW])
+    preflight(config)
+    assert config.proxies == ()
+    assert list(tmp_path.iterdir()) == [yaml]
 
 
 @pytest.mark.parametrize(
