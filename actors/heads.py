@@ -1,13 +1,15 @@
 """What a Ray Train worker does to train a defended head from stored features."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import Field
 
+from actors import engine_check
 from actors.generator import SHARD
 from azeotrope import models
 from azeotrope.collect import collect
@@ -16,8 +18,10 @@ from azeotrope.defenses import base as defenses
 from azeotrope.defenses.base import Head
 from azeotrope.export import export, head_from, proxy_head_from, put_head
 from azeotrope.features import FeaturePair, pair_up, read_features
+from azeotrope.folding import check_foldable
 from azeotrope.generation import Sampling
-from azeotrope.head_training import HeadTraining, Utility, train_head
+from azeotrope.head_training import HeadTraining, Round, Utility, train_head
+from azeotrope.surrogate import surrogate_from
 from azeotrope.tasks import TaskConfig
 from azeotrope.tasks import build as build_task
 from azeotrope.tokens import encode_prompt
@@ -33,10 +37,15 @@ class HeadJob(Config):
     proxies: tuple[str, ...]
     defense: dict[str, Any]
     training: HeadTraining
-    features: str
+    features: tuple[str, ...] = Field(description="folders of the teacher's and proxies' features")
     task: TaskConfig
     max_new_tokens: int
     shard: int = Field(default=SHARD, ge=1, description="problems answered side by side")
+    keeps_floor: bool = Field(
+        default=True,
+        description="the head that training begins with is known to keep the floor. If it does "
+        "not, and no round does, the undefended head is exported",
+    )
 
 
 def run(
@@ -52,32 +61,38 @@ def run(
     job = HeadJob.model_validate(data)
     defense = defenses.resolve(job.defense)
     loaded = models.load(job.teacher)
-    head = head_from(loaded).to(loaded.device)
-    proxies = tuple(
-        proxy_head_from(models.load(name, device=loaded.device), loaded, name).to(loaded.device)
-        for name in job.proxies
-    )
+    check_foldable(loaded.model)
+    # In the first pass the undefended teacher is the one that is loaded.
+    undefended = loaded if job.clean == job.teacher else models.load(job.clean)
+    plain = head_from(undefended).to(loaded.device)
+    rows = 1 + max(loaded.tokenizer.get_vocab().values())
+    head = defense.parametrise(head_from(loaded), plain, rows).to(loaded.device)
+    proxies = tuple(_proxy(name, loaded, defense.layer) for name in job.proxies)
     total = job.training.floor.rounds if job.training.floor else 1
-    clean = None
-    if job.training.floor:
-        # In the first pass the undefended teacher is the one that is loaded.
-        clean = _measure(loaded if job.clean == job.teacher else models.load(job.clean), job)
+    clean = _measure(undefended, job) if job.training.floor else None
 
     def measure(candidate: Head) -> Utility:
-        put_head(loaded, candidate)
+        put_head(loaded, candidate.folded())
         return _measure(loaded, job)
 
-    progress(0, total)
+    steps = job.training.fit.steps
+    progress(0, total * steps)
+    done = [0]
+
+    def on_round(this: Round) -> None:
+        done[0] = this.number + 1
+
     result = train_head(
         head,
         proxies,
-        _features(Path(job.features), len(job.proxies)),
+        _features(job.features, len(job.proxies)),
         defense,
         job.training,
         measure=measure,
         clean=clean,
         folder=state,
-        on_round=lambda this: progress(this.number + 1, total),
+        on_round=on_round,
+        on_step=lambda entry: progress(done[0] * steps + entry.step, total * steps),
     )
     if rank != 0:
         return
@@ -86,26 +101,41 @@ def run(
         list(encode_prompt(loaded.tokenizer, task.messages(problem.question)))
         for problem in task.problems("validation", CHECKED_PROMPTS)
     ]
-    check = export(loaded, head, folder / "teacher", prompts)
+    none_held = bool(result.rounds) and not any(item.accepted for item in result.rounds)
+    chosen = plain if none_held and not job.keeps_floor else head.folded()
+    check = export(loaded, chosen, folder / "teacher", prompts)
+    engine_check.compare(loaded, folder / "teacher", prompts)
     described = {
         "strength": result.strength,
         "clean": asdict(clean) if clean else None,
         "rounds": [asdict(item) for item in result.rounds],
         "log": [[entry.step, entry.loss] for entry in result.log],
+        "parts": [entry.parts for entry in result.log],
         "export": asdict(check),
         "seconds": round(time.perf_counter() - started, 2),
     }
     write_json(folder / "head.json", described)
 
 
-def _features(folder: Path, proxies: int) -> list[FeaturePair]:
-    teacher = read_features(folder / "teacher")
-    if not teacher:
+def _proxy(name: str, teacher: models.Loaded, layer: str | None) -> torch.nn.Module:
+    """What a defense compares with: a proxy's head, or its last layers where it needs gradients."""
+    loaded = models.load(name, device=teacher.device)
+    if layer is None:
+        return proxy_head_from(loaded, teacher, name).to(teacher.device)
+    return surrogate_from(loaded, teacher, layer, name)
+
+
+def _features(folders: Sequence[str], proxies: int) -> list[FeaturePair]:
+    pairs: list[FeaturePair] = []
+    for folder in map(Path, folders):
+        found = read_features(folder / "teacher")
+        pairs += pair_up(found, [read_features(folder / f"proxy-{i}") for i in range(proxies)])
+    if not pairs:
         raise ValueError(
             "no trace is left to train the head on: the teacher answered none of them right; "
             "set training.only_correct=false, or take more traces"
         )
-    return pair_up(teacher, [read_features(folder / f"proxy-{i}") for i in range(proxies)])
+    return pairs
 
 
 def _measure(loaded: models.Loaded, job: HeadJob) -> Utility:

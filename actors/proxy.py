@@ -10,6 +10,7 @@ import torch
 from actors.teacher import FeatureJob, read_examples
 from azeotrope import models
 from azeotrope.features import compute, write_features
+from azeotrope.surrogate import first_block
 from azeotrope.vocabulary import share
 
 
@@ -30,7 +31,14 @@ class ProxyActor:
             job = FeatureJob.model_validate(json.loads(text))
             output = Path(job.folder) / f"proxy-{self.index}" / Path(job.traces).name
             if not output.is_file():
-                examples = read_examples(job, self.teacher)
-                found = compute(self.loaded.model, examples, to_model=self.shared.to_proxy)
+                examples, own = read_examples(job, self.teacher)
+                block = None if job.layer is None else first_block(self.loaded.model, job.layer)
+                found = compute(
+                    self.loaded.model,
+                    examples,
+                    to_model=self.shared.to_proxy,
+                    before_block=block,
+                    own=own,
+                )
                 write_features(output, found)
         return batch

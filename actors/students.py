@@ -11,8 +11,10 @@ from pydantic import Field
 from azeotrope import models
 from azeotrope.attacks import base as attacks
 from azeotrope.attacks import cleanups
+from azeotrope.attacks.logits import LogitAttack, TeacherHead
 from azeotrope.collect import collect
 from azeotrope.config import Config, write_json
+from azeotrope.features import read_features
 from azeotrope.generation import Sampling
 from azeotrope.tasks import TaskConfig
 from azeotrope.tasks import build as build_task
@@ -48,6 +50,16 @@ class StudentJob(Config):
     exam: Sampling
     seed: int
     save_weights: bool = True
+    exam_split: str = "test"
+    teacher: str | None = Field(
+        default=None, description="whose logits are given, for attacks that see them"
+    )
+    features: str | None = Field(
+        default=None, description="that teacher's hidden states on the stolen texts"
+    )
+    snapshot: str | None = Field(
+        default=None, description="an undefended teacher of which the thief has some logits"
+    )
 
 
 def run(
@@ -76,6 +88,8 @@ def run(
         raise ValueError(
             f"clean-up {job.cleanup!r} left none of {len(stolen)} traces; there is nothing to steal"
         )
+    if isinstance(attack, LogitAttack):
+        attack.attach(_teacher_head(job, attack, student.device), student)
     config = attack.config.fit.model_copy(update={"seed": job.seed})
     student.model.train()
     result = fit(
@@ -92,7 +106,8 @@ def run(
     student.model.eval()
     if job.lora is not None:
         student = models.merge_lora(student)
-    exam = examine(student, task, task.problems("test", job.exam_problems), job.exam, job.name)
+    problems = task.problems(job.exam_split, job.exam_problems)
+    exam = examine(student, task, problems, job.exam, job.name)
     write_traces(folder / "exam.parquet", exam)
     if job.save_weights:
         models.save(student, folder / "student")
@@ -104,6 +119,29 @@ def run(
         "log": [[entry.step, entry.loss] for entry in result.log],
     }
     write_json(folder / "student.json", described)
+
+
+def _teacher_head(job: StudentJob, attack: LogitAttack, device: torch.device) -> TeacherHead:
+    """What the thief may ask: hidden states stand in for the trunk that made them.
+
+    Raises:
+        ValueError: if the job names no teacher or no features.
+    """
+    if job.teacher is None or job.features is None:
+        raise ValueError(f"{attack.config.name} sees logits, but the job names no teacher to ask")
+    whole = models.load(job.teacher, device=device)
+    head = models.head_of(whole.model)
+    snapshot = None
+    if job.snapshot is not None:
+        other = models.head_of(models.load(job.snapshot, device=device).model)
+        snapshot = other.weight.detach(), other.bias
+    return TeacherHead(
+        whole.tokenizer,
+        head.weight,
+        head.bias,
+        read_features(Path(job.features) / "teacher"),
+        snapshot=snapshot,
+    )
 
 
 def examine(

@@ -10,8 +10,10 @@ from pydantic import Field
 from azeotrope import models
 from azeotrope.config import Config
 from azeotrope.features import compute, write_features
-from azeotrope.tokens import Boundary, Example, from_ids
-from azeotrope.traces import read_traces
+from azeotrope.tasks import TaskConfig
+from azeotrope.tasks import build as build_task
+from azeotrope.tokens import Boundary, Example, encode, from_ids
+from azeotrope.traces import Trace, read_traces
 
 
 class FeatureJob(Config):
@@ -22,6 +24,10 @@ class FeatureJob(Config):
     boundary: Boundary = Field(default_factory=Boundary)
     max_length: int = Field(default=256, ge=8)
     only_correct: bool = False
+    task: TaskConfig = Field(description="words the prompt of a text that no model wrote")
+    layer: str | None = Field(
+        default=None, description="proxies store what enters this layer, not their last states"
+    )
 
 
 class TeacherActor:
@@ -37,25 +43,29 @@ class TeacherActor:
             job = FeatureJob.model_validate(json.loads(text))
             output = Path(job.folder) / "teacher" / Path(job.traces).name
             if not output.is_file():
-                examples = read_examples(job, self.loaded)
-                write_features(output, compute(self.loaded.model, examples))
+                found, own = read_examples(job, self.loaded)
+                write_features(output, compute(self.loaded.model, found, own=own))
         return batch
 
 
-def read_examples(job: FeatureJob, teacher: models.Loaded) -> list[Example]:
-    """The teacher's own tokens of a trace file, with their reasoning and answer masks.
+def read_examples(job: FeatureJob, teacher: models.Loaded) -> tuple[list[Example], bool]:
+    """The tokens of a trace file with their masks, and whether the teacher wrote them.
+
+    Text that no model wrote, such as reference solutions, goes through the teacher's tokenizer.
 
     Raises:
-        ValueError: if a trace was written by no model, so there are no tokens of the teacher's.
+        ValueError: if only some traces have token ids.
     """
-    traces = read_traces(Path(job.traces))
+    traces = [t for t in read_traces(Path(job.traces)) if t.correct or not job.only_correct]
     unwritten = [trace.id for trace in traces if not trace.completion_ids]
-    if unwritten:
+    if unwritten and len(unwritten) < len(traces):
         raise ValueError(
-            f"{len(unwritten)} traces in {job.traces} hold text but no token ids, first "
-            f"{unwritten[0]}; head defenses train on traces the teacher wrote itself"
+            f"{len(unwritten)} of {len(traces)} traces in {job.traces} hold text but no token ids, "
+            f"first {unwritten[0]}; a file holds what the teacher wrote, or texts, and not both"
         )
-    return [
+    if unwritten:
+        return _encoded(job, teacher, traces), False
+    found = [
         from_ids(
             teacher.tokenizer,
             trace.prompt_ids,
@@ -65,5 +75,21 @@ def read_examples(job: FeatureJob, teacher: models.Loaded) -> list[Example]:
             id=trace.id,
         )
         for trace in traces
-        if trace.correct or not job.only_correct
+    ]
+    return found, True
+
+
+def _encoded(job: FeatureJob, teacher: models.Loaded, traces: list[Trace]) -> list[Example]:
+    task = build_task(job.task)
+    return [
+        encode(
+            teacher.tokenizer,
+            task.messages(trace.question),
+            trace.text,
+            boundary=job.boundary,
+            max_length=job.max_length,
+            finished=trace.finished,
+            id=trace.id,
+        )
+        for trace in traces
     ]

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from azeotrope.heads import hidden_states
@@ -30,6 +30,7 @@ _SCHEMA = pa.schema(
         ("hidden", pa.large_binary()),
         ("dtype", pa.string()),
         ("width", pa.int32()),
+        ("own", pa.bool_()),
     ]
 )
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -43,18 +44,28 @@ class Features:
     targets: Int[Tensor, " tokens"]
     reasoning: Bool[Tensor, " tokens"]
     answer: Bool[Tensor, " tokens"]
-    hidden: Float[Tensor, "tokens hidden"]
+    hidden: Float[Tensor, "rows hidden"]
+    """One row a completion token; or, taken before a block, one row a token of the whole text."""
+    own: bool = True
+    """Written by the teacher itself, and not a text from elsewhere that it was asked about."""
 
 
 @dataclass(frozen=True)
 class FeatureBatch:
-    """Several traces end to end: the teacher's hidden states and those of every proxy."""
+    """Several traces end to end: the teacher's hidden states and those of every proxy.
+
+    `counts` are completion tokens a trace, `rows` each proxy's rows a trace, and `own` says for
+    each trace whether the teacher wrote it.
+    """
 
     ids: tuple[str, ...]
     targets: Int[Tensor, " tokens"]
     reasoning: Bool[Tensor, " tokens"]
     teacher: Float[Tensor, "tokens hidden"]
     proxies: tuple[Tensor, ...]
+    counts: tuple[int, ...] = ()
+    rows: tuple[tuple[int, ...], ...] = ()
+    own: tuple[bool, ...] = ()
 
     def to(self, device: torch.device | str) -> "FeatureBatch":
         return FeatureBatch(
@@ -63,6 +74,28 @@ class FeatureBatch:
             self.reasoning.to(device),
             self.teacher.to(device),
             tuple(hidden.to(device) for hidden in self.proxies),
+            self.counts,
+            self.rows,
+            self.own,
+        )
+
+    def only(self, *, own: bool) -> "FeatureBatch":
+        """The traces that the teacher wrote, or the others."""
+        chosen = [index for index, flag in enumerate(self.own) if flag == own]
+
+        def pick(values: Tensor, sizes: tuple[int, ...]) -> Tensor:
+            parts = values.split(list(sizes))
+            return torch.cat([values[:0], *(parts[index] for index in chosen)])
+
+        return FeatureBatch(
+            tuple(self.ids[index] for index in chosen),
+            pick(self.targets, self.counts),
+            pick(self.reasoning, self.counts),
+            pick(self.teacher, self.counts),
+            tuple(pick(h, sizes) for h, sizes in zip(self.proxies, self.rows, strict=True)),
+            tuple(self.counts[index] for index in chosen),
+            tuple(tuple(sizes[index] for index in chosen) for sizes in self.rows),
+            tuple(self.own[index] for index in chosen),
         )
 
 
@@ -80,21 +113,31 @@ def compute(
     examples: Sequence[Example],
     *,
     to_model: Int[Tensor, " vocab"] | None = None,
+    before_block: int | None = None,
     batch_size: int = 16,
+    own: bool = True,
 ) -> list[Features]:
     """Run the trunk over examples.
 
     Args:
         to_model: this model's id for each of the ids in `examples`, for a proxy that reads the
             teacher's tokens. Targets stay the teacher's.
+        before_block: take the states that enter this block, at every token of the text, and not
+            the last ones where a completion token is predicted.
+        own: recorded in the features: the model wrote these texts itself.
     """
     found: list[Features] = []
     for start in range(0, len(examples), batch_size):
-        batch = collate(examples[start : start + batch_size], pad_id=0)
+        chosen = examples[start : start + batch_size]
+        batch = collate(chosen, pad_id=0)
         inputs = batch if to_model is None else _translate(batch, to_model)
-        hidden = hidden_states(model, inputs.to(model.device)).cpu()
-        sizes = batch.mask.sum(1).tolist()
-        for row, states in enumerate(hidden.split(sizes)):
+        if before_block is None:
+            hidden = hidden_states(model, inputs.to(model.device)).cpu()
+            parts = hidden.split(batch.mask.sum(1).tolist())
+        else:
+            entering = block_inputs(model, inputs.to(model.device), before_block).cpu()
+            parts = [row[: len(e) - 1] for row, e in zip(entering, chosen, strict=True)]
+        for row, states in enumerate(parts):
             keep = batch.mask[row]
             found.append(
                 Features(
@@ -102,10 +145,47 @@ def compute(
                     batch.targets[row][keep],
                     batch.reasoning[row][keep],
                     batch.answer[row][keep],
-                    states,
+                    states.clone(),
+                    own,
                 )
             )
     return found
+
+
+def block_inputs(
+    model: PreTrainedModel, batch: Batch, block: int
+) -> Float[Tensor, "batch time hidden"]:
+    """What enters a block of the trunk; the blocks from there on are not run.
+
+    Raises:
+        ValueError: if the trunk keeps its blocks elsewhere than in `layers`.
+    """
+    blocks = getattr(model.base_model, "layers", None)
+    if blocks is None:
+        raise ValueError(
+            f"{type(model).__name__} has no list `layers` of blocks; surrogates need one, as "
+            "Llama, Qwen, OLMo and most decoders have"
+        )
+    if block >= len(blocks):
+        return model.base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
+    caught: list[Tensor] = []
+
+    def catch(_: nn.Module, arguments: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
+        caught.append(arguments[0] if arguments else named["hidden_states"])
+        raise _ReachedError
+
+    handle = blocks[block].register_forward_pre_hook(catch, with_kwargs=True)
+    try:
+        model.base_model(input_ids=batch.input_ids, use_cache=False)
+    except _ReachedError:
+        pass
+    finally:
+        handle.remove()
+    return caught[0]
+
+
+class _ReachedError(Exception):
+    """The block that was waited for is about to run."""
 
 
 def _translate(batch: Batch, to_model: Tensor) -> Batch:
@@ -123,6 +203,12 @@ def join(pairs: Sequence[FeaturePair]) -> FeatureBatch:
             torch.cat([pair.proxies[index].hidden for pair in pairs])
             for index in range(len(pairs[0].proxies))
         ),
+        tuple(len(pair.teacher.targets) for pair in pairs),
+        tuple(
+            tuple(len(pair.proxies[index].hidden) for pair in pairs)
+            for index in range(len(pairs[0].proxies))
+        ),
+        tuple(pair.teacher.own for pair in pairs),
     )
 
 
@@ -160,6 +246,7 @@ def write_features(path: Path, features: Sequence[Features]) -> None:
             "hidden": item.hidden.contiguous().view(torch.uint8).numpy().tobytes(),
             "dtype": str(item.hidden.dtype).removeprefix("torch."),
             "width": item.hidden.shape[1],
+            "own": item.own,
         }
         for item in features
     ]
@@ -182,6 +269,7 @@ def read_features(folder: Path) -> list[Features]:
                     torch.tensor(row["reasoning"], dtype=torch.bool),
                     torch.tensor(row["answer"], dtype=torch.bool),
                     raw.view(_DTYPES[row["dtype"]]).view(-1, row["width"]),
+                    row["own"],
                 )
             )
     return found

@@ -10,6 +10,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, PercentFormatter, ScalarFormatter
+from pydantic import Field
 
 from azeotrope.config import Config
 from azeotrope.evaluation import (
@@ -25,6 +26,8 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7
 
 
 GREY = "#6b7280"
+MARKED = 20
+"""Points of a line up to which each one is marked."""
 
 
 class LossCurve(Config):
@@ -35,6 +38,61 @@ class LossCurve(Config):
     x: list[float]
     y: list[float]
     seed: int
+
+
+class PlotLine(Config):
+    """One line of a plot; `low` and `high` bound a 95 % band and may be left out.
+
+    Without `connected` only its points are drawn.
+    """
+
+    label: str
+    x: list[float]
+    y: list[float]
+    low: list[float] = []
+    high: list[float] = []
+    connected: bool = True
+
+
+class Plot(Config):
+    """One entry of `plots.json`: a figure that a run asks for, in words and numbers."""
+
+    name: str = Field(pattern=r"^[a-z0-9_]+$", description="of the file")
+    title: str
+    caption: str
+    x_label: str
+    y_label: str
+    log_x: bool = False
+    lines: list[PlotLine]
+
+
+def plot_figure(plot: Plot) -> Figure:
+    """The figure that a plot describes."""
+    figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+    axes = figure.subplots()
+    for number, line in enumerate(plot.lines):
+        colour = COLOURS[number % len(COLOURS)]
+        style = "o-" if len(line.x) <= MARKED else "-"
+        axes.plot(line.x, line.y, style if line.connected else "o", color=colour, label=line.label)
+        if line.low and line.connected:
+            axes.fill_between(line.x, line.low, line.high, color=colour, alpha=0.15, linewidth=0)
+        elif line.low:
+            arms = [
+                [y - low for y, low in zip(line.y, line.low, strict=True)],
+                [high - y for y, high in zip(line.y, line.high, strict=True)],
+            ]
+            axes.errorbar(line.x, line.y, yerr=arms, fmt="none", color=colour, capsize=3)
+    if plot.log_x:
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(ScalarFormatter())
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.set_xticks(sorted({x for line in plot.lines for x in line.x}))
+        axes.tick_params(axis="x", labelrotation=45)
+    axes.set_xlabel(plot.x_label)
+    axes.set_ylabel(plot.y_label)
+    axes.legend(frameon=False, fontsize=8)
+    _finish(axes)
+    return figure
 
 
 def figures(

@@ -7,9 +7,11 @@ head and the strength falls.
 """
 
 import json
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +19,10 @@ import torch
 from pydantic import Field, field_validator
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from azeotrope.config import Config
-from azeotrope.defenses.base import Defense, Head, ProxyHead
+from azeotrope.defenses.base import Defense, Head
 from azeotrope.features import FeaturePair, join
 from azeotrope.training import FitConfig, LogEntry, TokenSum, fit
 
@@ -52,6 +54,12 @@ class UtilityFloor(Config):
         default=1.25, ge=1, description="factor on the strength after a good round"
     )
     lower_by: float = Field(default=0.5, gt=0, lt=1, description="factor after a bad one")
+    from_pass: int = Field(
+        default=0,
+        ge=0,
+        description="the first pass that is held to the floor. Earlier ones may fall below it "
+        "where later ones repair the teacher on what it writes then",
+    )
 
 
 class HeadTraining(Config):
@@ -69,6 +77,32 @@ class HeadTraining(Config):
         default=1,
         ge=0,
         description="times the defended teacher writes new traces and training goes on",
+    )
+    refresh_traces: int | None = Field(
+        default=None, ge=1, description="traces of each later pass; null takes as many as the first"
+    )
+    refresh_temperature: float | None = Field(
+        default=None, gt=0, description="at which those are drawn; null draws as the thief does"
+    )
+    rarest: float | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        description="share of the first pass's right traces to learn from: those that the proxies "
+        "find least likely, which is the teacher's most private way of writing",
+    )
+    truth: int = Field(
+        default=0,
+        ge=0,
+        description="ground-truth texts given to the defense beside the teacher's own",
+    )
+    apart: bool = Field(
+        default=False, description="train on other problems than those that the thief will have"
+    )
+    held_out: int = Field(
+        default=64,
+        ge=1,
+        description="texts kept from training, on which a defense that has a score is scored",
     )
 
     @field_validator("fit", mode="before")
@@ -95,6 +129,7 @@ class Round:
     utility: Utility | None
     accepted: bool
     loss: float
+    score: float | None = None
 
 
 @dataclass
@@ -107,7 +142,7 @@ class HeadResult:
 
 def train_head(
     head: Head,
-    proxies: tuple[ProxyHead, ...],
+    proxies: tuple[nn.Module, ...],
     data: Sequence[FeaturePair],
     defense: Defense,
     config: HeadTraining,
@@ -118,7 +153,7 @@ def train_head(
     on_round: Callable[[Round], None] | None = None,
     on_step: Callable[[LogEntry], None] | None = None,
 ) -> HeadResult:
-    """Train `head` in place.
+    """Train `head` in place; without an accepted round it ends as it began.
 
     Args:
         measure: lets the teacher with this head write answers; needed when there is a floor.
@@ -143,18 +178,58 @@ def train_head(
         result.log = _fit(head, proxies, data, defense, config.fit, folder, 0, on_step)
         result.strength = defense.config.strength
         return result
-    _search(head, proxies, data, defense, config, measure, clean, folder, result, on_round, on_step)  # type: ignore[arg-type]
+    data, held_out = _split(data, config.held_out)
+    score = partial(_score, proxies=proxies, held_out=held_out, defense=defense)
+    _search(
+        head,
+        proxies,
+        data,
+        defense,
+        config,
+        measure,
+        clean,
+        score,
+        folder,
+        result,
+        on_round,
+        on_step,
+    )  # type: ignore[arg-type]
     return result
+
+
+def _split(
+    data: Sequence[FeaturePair], held_out: int
+) -> tuple[Sequence[FeaturePair], Sequence[FeaturePair]]:
+    """Texts to train on, and the last of the ground truth to score on.
+
+    A defense that has no ground truth is scored, if at all, on what it was trained on.
+    """
+    others = [pair for pair in data if not pair.teacher.own]
+    kept = others[-min(held_out, len(others) // 2) :] if len(others) > 1 else []
+    names = {pair.teacher.id for pair in kept}
+    rest = [pair for pair in data if pair.teacher.own or pair.teacher.id not in names]
+    return rest, kept or data[-held_out:]
+
+
+def _score(
+    head: Head,
+    *,
+    proxies: tuple[nn.Module, ...],
+    held_out: Sequence[FeaturePair],
+    defense: Defense,
+) -> float | None:
+    return defense.score(head, proxies, join(held_out).to(head.weight.device))
 
 
 def _search(
     head: Head,
-    proxies: tuple[ProxyHead, ...],
+    proxies: tuple[nn.Module, ...],
     data: Sequence[FeaturePair],
     defense: Defense,
     config: HeadTraining,
     measure: Callable[[Head], Utility],
     clean: Utility,
+    score: Callable[[Head], float | None],
     folder: Path | None,
     result: HeadResult,
     on_round: Callable[[Round], None] | None,
@@ -167,6 +242,8 @@ def _search(
     if folder is not None and (folder / STATE).is_file():
         factor = _load(folder, head, result)
     good = _copy(head)
+    kept = [r.score for r in result.rounds if r.accepted and r.score is not None]
+    best = min(kept, default=math.inf)
     for number in range(len(result.rounds), floor.rounds):
         defense.strength = base * factor  # type: ignore[attr-defined]
         log = _fit(head, proxies, data, defense, config.fit, folder, number, on_step)
@@ -176,11 +253,14 @@ def _search(
             and utility.sampled >= floor.sampled * clean.sampled
         )
         strength = defense.config.strength * factor
-        this = Round(number, strength, utility, accepted, log[-1].loss if log else 0.0)
-        result.rounds.append(this)
+        scored = score(head)
+        loss = log[-1].loss if log else 0.0
+        result.rounds.append(this := Round(number, strength, utility, accepted, loss, scored))
         result.log.extend(log)
-        if accepted:
+        # A stronger head that a thief learns more from is no progress, however useful it is.
+        if accepted and (scored is None or scored < best):
             good, result.strength = _copy(head), strength
+            best = best if scored is None else scored
         else:
             _restore(head, good)
         factor *= floor.raise_by if accepted else floor.lower_by
@@ -192,7 +272,7 @@ def _search(
 
 def _fit(
     head: Head,
-    proxies: tuple[ProxyHead, ...],
+    proxies: tuple[nn.Module, ...],
     data: Sequence[FeaturePair],
     defense: Defense,
     config: FitConfig,

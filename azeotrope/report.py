@@ -13,7 +13,7 @@ from azeotrope.config import C, Config
 from azeotrope.evaluation import (
     read_document,
 )
-from azeotrope.figures import LossCurve, figures, save_pngs, svg
+from azeotrope.figures import LossCurve, Plot, figures, plot_figure, save_pngs, svg
 from azeotrope.summary import plain_words
 from azeotrope.tables import (
     degeneracy_table,
@@ -68,8 +68,8 @@ def word_changes(clean: str, defended: str) -> tuple[list[Piece], list[Piece]]:
 def write_report(folder: Path) -> Path:
     """Write `report.html` and `figures/*.png` beside `results.json`.
 
-    `curves.json` and `examples.json` are used if they are there; a section without data is left
-    out.
+    `curves.json`, `plots.json` and `examples.json` are used if they are there; a section without
+    data is left out.
 
     Returns:
         The path of the page.
@@ -81,7 +81,9 @@ def write_report(folder: Path) -> Path:
     curves = _optional(folder / "curves.json", LossCurve)
     examples = _optional(folder / "examples.json", Example)
     traces = run.get("traces") if isinstance(run.get("traces"), int) else None
-    drawn = figures(rows, curves, traces)
+    plots = _optional(folder / "plots.json", Plot)
+    drawn = figures(rows, curves, traces) | {plot.name: plot_figure(plot) for plot in plots}
+    captions = CAPTIONS | {plot.name: (plot.title, plot.caption) for plot in plots}
     save_pngs(drawn, folder / "figures")
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True
@@ -97,7 +99,7 @@ def write_report(folder: Path) -> Path:
         teachers=teacher_table(rows),
         degeneracy=degeneracy_table(rows, traces),
         other=other_table(rows),
-        figures=[(name, svg(figure), *CAPTIONS[name]) for name, figure in drawn.items()],
+        figures=[(name, svg(figure), *captions[name]) for name, figure in drawn.items()],
         examples=[(item, *word_changes(item.clean, item.defended)) for item in examples][:EXAMPLES],
         example_count=len(examples),
     )

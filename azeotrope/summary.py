@@ -91,14 +91,29 @@ def _words(item: Headline, baseline: Headline | None, cleaned: Sequence[Headline
     sentences = [f"{opening}{_effect_words(item)}"]
     if baseline is not None:
         sentences.append(_baseline_words(item, baseline))
+    sentences.append(_sft_words(item))
     for other in cleaned:
         removed = _effect(other.gain_removed)
-        sentences.append(f"After the clean-up {other.line.cleanup}: {removed}.")
+        what = "After the clean-up" if item.line.attack == "text_sft" else "With"
+        sentences.append(f"{what} {other.line.cleanup}: {removed}.")
     sentences.append(_utility_words(item.utility_kept))
     if item.price_multiplier.defined:
         price = times(item.price_multiplier).replace(" times", " times as many traces")
         sentences.append(f"For the same accuracy a thief needs {price}.")
     return " ".join(sentence for sentence in sentences if sentence)
+
+
+def _sft_words(item: Headline) -> str:
+    """Whether it was worth asking the teacher at all."""
+    alone, student = item.sft_student, item.student
+    if not alone.defined or not student.defined:
+        return ""
+    shown = f"{percent(student)} against {percent(alone)}"
+    if student.overlaps(alone):
+        return f"The thief ends where the ground truth alone would have brought him ({shown})."
+    if student.value < alone.value:
+        return f"The thief ends below what the ground truth alone gives ({shown})."
+    return f"The thief still ends above what the ground truth alone gives ({shown})."
 
 
 def _effect_words(item: Headline) -> str:

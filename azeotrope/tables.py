@@ -54,7 +54,14 @@ class Line(NamedTuple):
             name += f" ({self.strength:g})"
         if self.attack != "text_sft":
             name += f", {self.attack}"
-        return name if self.cleanup == "none" else f"{name}, after {self.cleanup}"
+        if self.cleanup == "none":
+            return name
+        # A clean-up acts on text; the variant of an attack on logits stands in the same column.
+        return (
+            f"{name}, after {self.cleanup}"
+            if self.attack == "text_sft"
+            else f"{name}, {self.cleanup}"
+        )
 
 
 @dataclass(frozen=True)
@@ -67,6 +74,8 @@ class Headline:
     student: Estimate
     clean_student: Estimate
     base_student: Estimate
+    sft_student: Estimate
+    """Trained on the ground truth alone: what the thief has without asking anybody."""
     utility_kept: Estimate
     gain_removed: Estimate
     price_multiplier: Estimate
@@ -177,6 +186,7 @@ def headline(rows: Sequence[Row], traces: int | None = None) -> list[Headline]:
 def _headline(index: Index, line: Line) -> Headline:
     budget, measured = index.budget(line), index.measured(line)
     clean_line, base_line = index.find(line), index.find(line, attack="none")
+    sft_line = index.find(line, attack="sft_only")
     clean_curve = {} if clean_line is None else index.curves[clean_line]
     clean = clean_curve.get(budget, [])
     base = [] if base_line is None else index.measured(base_line)
@@ -187,6 +197,7 @@ def _headline(index: Index, line: Line) -> Headline:
         student=mean_accuracy(measured),
         clean_student=mean_accuracy(clean) if clean else UNDEFINED,
         base_student=mean_accuracy(base) if base else UNDEFINED,
+        sft_student=mean_accuracy(index.measured(sft_line)) if sft_line else UNDEFINED,
         utility_kept=_utility(index, line),
         gain_removed=gain_removed(clean, measured, base) if clean and base else UNDEFINED,
         price_multiplier=_price(clean_curve, index.curves[line]),

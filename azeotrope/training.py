@@ -10,9 +10,10 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal, NamedTuple, TypeVar
 
 import torch
@@ -29,10 +30,15 @@ STATE = "state.safetensors"
 
 
 class TokenSum(NamedTuple):
-    """A loss summed over tokens, and how many tokens are in it."""
+    """A loss summed over tokens, and how many tokens are in it.
+
+    `parts` are numbers worth plotting beside the loss, such as its terms; nothing is trained on
+    them.
+    """
 
     total: Float[Tensor, ""]
     count: int
+    parts: Mapping[str, float] = MappingProxyType({})
 
 
 class NonFiniteLossError(ArithmeticError):
@@ -59,12 +65,16 @@ class FitConfig(Config):
 
 @dataclass(frozen=True)
 class LogEntry:
-    """What is worth plotting of one step; `loss` is nats a token."""
+    """What is worth plotting of one step; `loss` is nats a token.
+
+    `parts` are means over the step's micro-batches, as the first rank saw them.
+    """
 
     step: int
     loss: float
     learning_rate: float
     gradient_norm: float
+    parts: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -135,6 +145,7 @@ def fit(
         torch.manual_seed(config.seed * 1_000_003 + step)
         micro = [chosen[part::parts] for part in range(rank, parts, world)]
         total, count = torch.zeros((), dtype=torch.float64), 0
+        parts_seen: list[Mapping[str, float]] = []
         for indices in micro:
             items = [data[index] for index in indices]
             part_sum = loss(items)
@@ -148,6 +159,7 @@ def fit(
                 part_sum.total.backward()
             total += part_sum.total.detach().double().cpu()
             count += part_sum.count
+            parts_seen.append(part_sum.parts)
         total, count = _sum_over_ranks(parameters, total, count, world)
         norm = _normalise(parameters, count, config.clip, step)
         rate = config.learning_rate * rate_at(step, config)
@@ -158,7 +170,8 @@ def fit(
         result.steps, result.tokens = step + 1, result.tokens + count
         last = result.steps == config.steps
         if result.steps % config.log_every == 0 or last:
-            entry = LogEntry(result.steps, float(total) / max(count, 1), rate, norm)
+            loss_mean = float(total) / max(count, 1)
+            entry = LogEntry(result.steps, loss_mean, rate, norm, _means(parts_seen))
             result.log.append(entry)
             if on_step is not None:
                 on_step(entry)
@@ -170,6 +183,12 @@ def fit(
                 on_checkpoint(result.steps, checkpoint)
     result.seconds = time.perf_counter() - started
     return result
+
+
+def _means(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    names = dict.fromkeys(name for part in parts for name in part)
+    found = {name: [part[name] for part in parts if name in part] for name in names}
+    return {name: sum(values) / len(values) for name, values in found.items()}
 
 
 def sample_order(size: int, batch_size: int, seed: int) -> Iterator[list[int]]:
@@ -240,7 +259,7 @@ def _save(
         "step": result.steps,
         "tokens": result.tokens,
         "seconds": result.seconds,
-        "log": [[e.step, e.loss, e.learning_rate, e.gradient_norm] for e in result.log],
+        "log": [asdict(entry) for entry in result.log],
     }
     folder.mkdir(parents=True, exist_ok=True)
     # One file and one rename: weights, moments and step can never be of different moments.
@@ -268,5 +287,5 @@ def _resume(
         parameter = parameters[int(index)]
         placed = value if name == "step" else value.to(parameter.device)
         optimizer.state[parameter][name] = placed
-    log = [LogEntry(int(s), loss, rate, norm) for s, loss, rate, norm in described["log"]]
+    log = [LogEntry(**entry) for entry in described["log"]]
     return _Progress(described["step"], described["tokens"], described["seconds"], log)

@@ -14,6 +14,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, as_completed, wait
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,10 @@ from rich.table import Table
 
 from actors import session
 from azeotrope import __version__
+from azeotrope.attacks import base as attacks
+from azeotrope.attacks.logits import LogitAttack
 from azeotrope.config import write_json
+from azeotrope.defenses.base import Defense
 from azeotrope.evaluation import (
     Row,
     read_document,
@@ -31,10 +35,11 @@ from azeotrope.summary import plain_words
 from azeotrope.tables import result_table, teacher_table
 from workflows.display import Display
 from workflows.preflight import preflight
+from workflows.probes import probe
 from workflows.results import Cell, Taught, link_stages, rows_of, write_results
 from workflows.settings import DefenseChoice, ExperimentConfig, StudentConfig, load
 from workflows.stages import Stage
-from workflows.steps import Planned, Request, Steps
+from workflows.steps import Asked, Planned, Request, Steps
 
 WIDTH = 150
 QUEUE = 9
@@ -52,9 +57,10 @@ def run(config: ExperimentConfig, console: Console | None = None) -> Path:
         steps = Steps(config, display)
         clean, base = _clean(config, steps)
         taught, students = _defend_and_rob(config, steps, clean)
-        rows = rows_of(config, clean, base, taught, students)
+        probed = probe(config, steps, clean, taught)
+        rows = rows_of(config, clean, base, taught, students) + probed.rows
         link_stages(folder, [clean.traces, *(t.traces for t in taught), *students.values()])
-    write_results(config, folder, rows, clean, taught, students)
+    write_results(config, folder, rows, clean, taught, students, probed.notes)
     return folder
 
 
@@ -69,7 +75,13 @@ def _clean(config: ExperimentConfig, steps: Steps) -> tuple[Taught, dict[str, St
     requests = _teacher_requests(config, config.teacher, "none", ())
     for student in config.students:
         requests.append(
-            Request(student.model, student.name, "test", config.exam_problems, config.greedy)
+            Request(
+                student.model,
+                student.name,
+                config.exam_split,
+                config.exam_problems,
+                config.greedy,
+            )
         )
     traces, greedy, sampled, *exams = steps.traces(requests)
     names = [student.name for student in config.students]
@@ -80,11 +92,11 @@ def _teacher_requests(
     config: ExperimentConfig, model: str, defense: str, decoding: tuple[dict[str, Any], ...]
 ) -> list[Request]:
     common = {"label": "teacher", "defense": defense, "decoding": decoding}
-    count = config.teacher_problems
+    count, split = config.teacher_problems, config.exam_split
     return [
         Request(model, split="train", count=config.most_traces, sampling=config.sampling, **common),
-        Request(model, split="test", count=count, sampling=config.greedy, **common),
-        Request(model, split="test", count=count, sampling=config.sampling, **common),
+        Request(model, split=split, count=count, sampling=config.greedy, **common),
+        Request(model, split=split, count=count, sampling=config.sampling, **common),
     ]
 
 
@@ -98,10 +110,11 @@ def _defend_and_rob(
     width = _width(config, steps)
     with ThreadPoolExecutor(max_workers=width) as threads:
 
-        def rob(cells: Sequence[Cell], sources: Sequence[Stage]) -> None:
+        def rob(cells: Sequence[Cell], victim: Taught) -> None:
             if not cells:
                 return
-            new = [_plan(steps, *pair) for pair in zip(cells, sources, strict=True)]
+            lookup = _Lookup(config, steps, truth, victim)
+            new = [lookup.plan(cell) for cell in cells]
             plans.update(zip(cells, new, strict=True))
             size = min(QUEUE, max(LEAST, -(-len(new) // width)))
             for start in range(0, len(new), size):
@@ -110,13 +123,11 @@ def _defend_and_rob(
         try:
             # Defenses first: what they write is what most students wait for.
             defended = [threads.submit(defend, config, steps, c, clean) for c in config.defenses]
-            cells = list(_baseline_cells(config))
-            rob(cells, [truth if c.attack == "sft_only" else clean.traces for c in cells])
+            rob(list(_baseline_cells(config)), clean)
             for future in as_completed(defended):
                 result = future.result()
                 assert result.choice is not None
-                cells = _defended_cells(config, result.choice, result.strength)
-                rob(cells, [result.traces] * len(cells))
+                rob(_defended_cells(config, result.choice, result.strength), result)
             for done in wait(robberies, return_when=FIRST_EXCEPTION).done:
                 done.result()
         except BaseException:
@@ -137,9 +148,44 @@ def _width(config: ExperimentConfig, steps: Steps) -> int:
     return steps.width()
 
 
-def _plan(steps: Steps, cell: Cell, source: Stage) -> Planned:
-    what = cell.attack if cell.attack == "sft_only" else f"{cell.defense} {cell.attack}"
-    return steps.plan_student(cell.student, source, cell.traces, cell.cleanup, cell.seed, what)
+@dataclass(frozen=True)
+class _Lookup:
+    """What the thief of one teacher gets for each attack."""
+
+    config: ExperimentConfig
+    steps: Steps
+    truth: Stage
+    victim: Taught
+
+    def plan(self, cell: Cell) -> Planned:
+        """The training of one student.
+
+        Attacks on logits ask about the ground truth's texts, or about the teacher's own.
+        """
+        config, steps = self.config, self.steps
+        what = cell.attack if cell.attack == "sft_only" else f"{cell.defense} {cell.attack}"
+        attack = attacks.resolve(dict(config.attack_called(cell.attack, cell.cleanup)))
+        if cell.attack == "sft_only" or not isinstance(attack, LogitAttack):
+            source = self.truth if cell.attack == "sft_only" else self.victim.traces
+            return steps.plan_student(
+                cell.student, source, cell.traces, cell.cleanup, cell.seed, what
+            )
+        source = self.truth if attack.config.contexts == "truth" else self.victim.traces
+        # The trunk is the undefended teacher's whatever the head is.
+        features = steps.features(
+            source, config.teacher, (), config.most_traces, only_correct=False
+        )
+        snapshot = config.teacher if attack.config.pairs else None
+        return steps.plan_student(
+            cell.student,
+            source,
+            cell.traces,
+            "none",
+            cell.seed,
+            f"{what} {cell.cleanup}",
+            attack=attack.config.dump(),
+            asked=Asked(self.victim.checkpoint or config.teacher, features, snapshot),
+        )
 
 
 def defend(config: ExperimentConfig, steps: Steps, choice: DefenseChoice, clean: Taught) -> Taught:
@@ -147,7 +193,7 @@ def defend(config: ExperimentConfig, steps: Steps, choice: DefenseChoice, clean:
     parts = choice.resolve()
     teacher, heads = config.teacher, []
     for part in (item for item in parts if item.stage == "weights" and not item.is_identity):
-        found, teacher = _train_heads(config, steps, choice, part.config.dump(), teacher, clean)
+        found, teacher = _train_heads(config, steps, choice, part, teacher, clean)
         heads += found
     decoding = tuple(p.config.dump() for p in parts if p.stage == "decoding" and not p.is_identity)
     if heads or decoding:
@@ -166,33 +212,85 @@ def _train_heads(
     config: ExperimentConfig,
     steps: Steps,
     choice: DefenseChoice,
-    defense: dict[str, Any],
+    defense: Defense,
     teacher: str,
     clean: Taught,
 ) -> tuple[list[Stage], str]:
     """Train, then let the defended teacher write anew and train on, as often as asked."""
-    heads: list[Stage] = []
-    for refresh in range(choice.training.refreshes + 1):
-        count = config.head_traces or config.traces
-        if refresh == 0 and teacher == config.teacher and count <= config.most_traces:
-            source = clean.traces
-        else:
-            request = Request(
-                teacher,
-                "teacher",
-                "train",
-                count,
-                config.sampling,
-                defense=choice.label,
-                seed=refresh,
+    training, heads = choice.training, []
+    skip = config.most_traces if training.apart else 0
+    proxies = config.proxies
+    if choice.lesson is not None:
+        proxies = steps.taught_proxies(choice.lesson, skip)
+    given: list[Stage] = []
+    if training.truth:
+        texts = steps.ground_truth(training.truth, skip)
+        given.append(
+            steps.features(
+                texts, teacher, proxies, training.truth, only_correct=False, layer=defense.layer
             )
-            source = steps.traces([request])[0]
-        features = steps.features(
-            source, teacher, config.proxies, count, only_correct=choice.training.only_correct
         )
-        heads.append(steps.head(features, teacher, defense, choice.training))
+    for number in range(training.refreshes + 1):
+        source, count = _own_traces(config, steps, choice, teacher, clean, number)
+        own = steps.features(
+            source,
+            teacher,
+            proxies,
+            count,
+            only_correct=training.only_correct,
+            layer=defense.layer,
+        )
+        floor = training.floor
+        held = floor is not None and number >= floor.from_pass
+        heads.append(
+            steps.head(
+                [own, *given],
+                teacher,
+                proxies,
+                defense.config.dump(),
+                training if held else training.model_copy(update={"floor": None}),
+                keeps_floor=floor is None or number == 0 or number > floor.from_pass,
+            )
+        )
         teacher = str(heads[-1].path / "teacher")
     return heads, teacher
+
+
+def _own_traces(
+    config: ExperimentConfig,
+    steps: Steps,
+    choice: DefenseChoice,
+    teacher: str,
+    clean: Taught,
+    number: int,
+) -> tuple[Stage, int]:
+    """What the teacher wrote that the head is trained on in a pass, and how much of it."""
+    training = choice.training
+    count = config.head_traces or config.traces
+    sampling = config.sampling
+    if number:
+        count = training.refresh_traces or count
+        sampling = sampling.model_copy(
+            update={"temperature": training.refresh_temperature or sampling.temperature}
+        )
+    first = number == 0 and teacher == config.teacher
+    if first and count <= config.most_traces and not training.apart:
+        source = clean.traces
+    else:
+        request = Request(
+            teacher,
+            "teacher",
+            "train",
+            count,
+            sampling,
+            defense="none" if first else choice.label,
+            seed=number,
+            skip=config.most_traces if training.apart else 0,
+        )
+        source = steps.traces([request])[0]
+    if first and training.rarest is not None:
+        source = steps.rarest(source, teacher, training.rarest)
+    return source, count
 
 
 def _baseline_cells(config: ExperimentConfig) -> Iterator[Cell]:
@@ -202,21 +300,41 @@ def _baseline_cells(config: ExperimentConfig) -> Iterator[Cell]:
             yield Cell(student, "none", 0.0, config.attack["name"], "none", traces, seed)
         for cleanup in config.cleanups:
             yield Cell(student, "none", 0.0, config.attack["name"], cleanup, config.traces, seed)
+        for attack in config.attacks:
+            if attack["on_clean"]:
+                yield _further(config, student, "none", 0.0, attack, seed)
 
 
 def _defended_cells(config: ExperimentConfig, choice: DefenseChoice, strength: float) -> list[Cell]:
     cells: list[Cell] = []
     attack = str(config.attack["name"])
-    is_baseline = all(part.is_baseline for part in choice.resolve())
+    is_baseline = choice.control or all(part.is_baseline for part in choice.resolve())
     for seed, student in _each(config):
-        # The baseline gets no clean-ups: there is nothing in an answer to clean.
+        # A yardstick gets no clean-ups, and there is nothing in a bare answer to clean.
         for traces in (config.traces,) if is_baseline else _budgets(config, seed):
             cells.append(Cell(student, choice.label, strength, attack, "none", traces, seed))
         for cleanup in () if is_baseline else config.cleanups:
             cells.append(
                 Cell(student, choice.label, strength, attack, cleanup, config.traces, seed)
             )
+        if choice.changes_weights_alone:
+            for other in config.attacks:
+                if not choice.control or other["variant"] == "none":
+                    cells.append(_further(config, student, choice.label, strength, other, seed))
     return cells
+
+
+def _further(
+    config: ExperimentConfig,
+    student: StudentConfig,
+    defense: str,
+    strength: float,
+    attack: dict[str, Any],
+    seed: int,
+) -> Cell:
+    """One of the further attacks; its variant stands where clean-ups do."""
+    variant = attack["variant"]
+    return Cell(student, defense, strength, attack["name"], variant, config.traces, seed)
 
 
 def cells_of(config: ExperimentConfig) -> list[Cell]:

@@ -3,13 +3,17 @@
 import shutil
 from pathlib import Path
 
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
 from actors.heads import CHECKED_PROMPTS
 from azeotrope import models, smollm2
 from azeotrope.config import ConfigError
+from azeotrope.surrogate import check_vocabulary, first_block
 from azeotrope.tasks import build as build_task
 from azeotrope.tasks import is_local
 from azeotrope.vocabulary import share
-from workflows.settings import ExperimentConfig
+from workflows.settings import DefenseChoice, ExperimentConfig
 
 LEAST_DISK = 500 << 20
 
@@ -35,6 +39,9 @@ def preflight(config: ExperimentConfig, *, convert: bool = True) -> None:
         _context(name, config.max_length)
     if here.issuperset((config.teacher, *config.proxies)):
         _proxies(config)
+        _defenses(config)
+    if config.teacher in here:
+        _views(config)
     if is_local(config.task):
         _problems(config)
 
@@ -78,7 +85,7 @@ def _problems(config: ExperimentConfig) -> None:
     trained = any(part.stage == "weights" and not part.is_identity for part in parts)
     held_out = [floor.problems for floor in floors if floor and trained]
     wanted = {
-        "train": config.most_traces,
+        "train": max([config.most_traces, *(_own_problems(config, c) for c in config.defenses)]),
         "test": max(config.teacher_problems, config.exam_problems if config.students else 0),
         "validation": max([CHECKED_PROMPTS, *held_out]) if trained else 0,
     }
@@ -89,6 +96,53 @@ def _problems(config: ExperimentConfig) -> None:
                 task.problems(split, count)
     except (FileNotFoundError, ValueError) as error:
         raise ConfigError(f"task: {error}") from None
+
+
+def _own_problems(config: ExperimentConfig, choice: DefenseChoice) -> int:
+    """Training problems up to the last one that this defense asks for."""
+    if not any(part.stage == "weights" and not part.is_identity for part in choice.resolve()):
+        return 0
+    training = choice.training
+    most = max(
+        config.head_traces or config.traces,
+        (training.refresh_traces or 0) if training.refreshes else 0,
+        training.truth,
+        choice.lesson.traces if choice.lesson else 0,
+    )
+    return most + (config.most_traces if training.apart or choice.lesson else 0)
+
+
+def _defenses(config: ExperimentConfig) -> None:
+    """Settings of defenses that only the models can refuse: ranks, layers, vocabularies."""
+    parts = [p for c in config.defenses for p in c.resolve() if p.stage == "weights"]
+    hidden = AutoConfig.from_pretrained(models.resolve(config.teacher)).get_text_config()
+    teacher = models.load_tokenizer(config.teacher)
+    for part in (part for part in parts if not part.is_identity):
+        try:
+            part.check(hidden.hidden_size)
+            for name in config.proxies if part.layer is not None else ():
+                assert part.layer is not None
+                check_vocabulary(models.load_tokenizer(name), teacher, name)
+                first_block(_skeleton(name), part.layer)
+        except ValueError as error:
+            raise ConfigError(f"defense {part.config.name}: {error}") from None
+
+
+def _skeleton(name: str) -> PreTrainedModel:
+    """The model's shapes without its weights."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(models.resolve(name)))
+
+
+def _views(config: ExperimentConfig) -> None:
+    vocab = AutoConfig.from_pretrained(models.resolve(config.teacher)).get_text_config().vocab_size
+    for item in config.attacks:
+        top_k = (item.get("view") or {}).get("top_k")
+        if top_k is not None and top_k > vocab:
+            raise ConfigError(
+                f"attack {item['name']}: view.top_k {top_k} is larger than the teacher's vocabulary "
+                f"of {vocab} tokens; lower it, or leave it out to see them all"
+            )
 
 
 def _disk(cache: Path) -> None:

@@ -1,6 +1,7 @@
 """What a run leaves behind: rows of results, curves, examples, and the report made of them."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from azeotrope.evaluation import (
 )
 from azeotrope.report import write_report
 from azeotrope.traces import Trace, read_traces
+from workflows.plots import plots_of
 from workflows.settings import DefenseChoice, ExperimentConfig, StudentConfig
 from workflows.stages import Stage
 from workflows.steps import describe
@@ -49,6 +51,11 @@ class Taught:
     @property
     def label(self) -> str:
         return self.choice.label if self.choice else "none"
+
+    @property
+    def checkpoint(self) -> str | None:
+        """The exported teacher; None where the weights are the undefended ones."""
+        return str(self.heads[-1].path / "teacher") if self.heads else None
 
     @property
     def strength(self) -> float:
@@ -144,6 +151,7 @@ def write_results(
     clean: Taught,
     taught: list[Taught],
     students: dict[Cell, Stage],
+    notes: Sequence[str] = (),
 ) -> None:
     heads = [(t.label, [describe(head, "head.json") for head in t.heads]) for t in taught]
     about = {
@@ -157,10 +165,11 @@ def write_results(
             {"defense": label, "heads": [item["rounds"] for item in items]}
             for label, items in heads
         ],
-        "notes": [note for label, items in heads for note in _notes(label, items)],
+        "notes": [*(note for label, items in heads for note in _notes(label, items)), *notes],
     }
     write_json(folder / "results.json", results_document(about, rows))
     write_json(folder / "curves.json", _curves(taught, students))
+    write_json(folder / "plots.json", [plot.dump() for plot in plots_of(rows, heads)])
     write_json(folder / "examples.json", _examples(clean, taught))
     write_report(folder)
 

@@ -30,11 +30,39 @@ class StudentConfig(Config):
     lora: Lora | None = None
 
 
+class ProxyLesson(Config):
+    """What the proxies are taught before a defense looks at them.
+
+    A thief's student is soon not what it was: proxies that learned a little from the undefended
+    teacher, on the defender's own problems, show where students will be.
+    """
+
+    attacks: tuple[dict[str, Any], ...] = Field(
+        min_length=1, description="one for each proxy, in turn; begun again when they run out"
+    )
+    traces: int = Field(default=250, ge=1, description="texts that they learn from")
+
+    @field_validator("attacks")
+    @classmethod
+    def _resolvable(cls, items: tuple[dict[str, Any], ...]) -> tuple[dict[str, Any], ...]:
+        return tuple(attacks.resolve(dict(item)).config.dump() for item in items)
+
+
 class DefenseChoice(Config):
     """One column of the comparison: one defense, or several that act together."""
 
     parts: tuple[dict[str, Any], ...] = Field(min_length=1)
     training: HeadTraining = Field(default_factory=HeadTraining)
+    lesson: ProxyLesson | None = Field(
+        default=None, description="null takes the proxies as they come"
+    )
+    name: str | None = Field(
+        default=None, pattern=r"^\S+$", description="in result tables; null joins the parts' names"
+    )
+    control: bool = Field(
+        default=False,
+        description="only to compare with: one budget, no clean-ups, no variants of attacks",
+    )
 
     @field_validator("parts")
     @classmethod
@@ -46,11 +74,29 @@ class DefenseChoice(Config):
 
     @property
     def label(self) -> str:
-        return "+".join(str(part["name"]) for part in self.parts)
+        return self.name or "+".join(str(part["name"]) for part in self.parts)
+
+    @property
+    def changes_weights_alone(self) -> bool:
+        """Whether logits can be asked of an exported checkpoint, with nothing added to it."""
+        return all(part.stage == "weights" or part.is_identity for part in self.resolve())
 
     @property
     def strength(self) -> float:
         return float(self.parts[0]["strength"])
+
+
+class Probe(Config):
+    """Measurements of the teachers' logits that need no student."""
+
+    information: int = Field(
+        default=400, ge=0, description="validation texts for the estimate of I(X; Z | Y); 0 skips"
+    )
+    subspace: tuple[str, ...] = Field(
+        default=(),
+        description="models whose hidden size is recovered through top-k logprobs; `teacher` is "
+        "each defended teacher",
+    )
 
 
 class ExperimentConfig(Config):
@@ -85,7 +131,20 @@ class ExperimentConfig(Config):
         DefenseChoice(parts=({"name": "answers_only"},)),
     )
     attack: dict[str, Any] = Field(default_factory=lambda: {"name": "text_sft"})
+    attacks: tuple[dict[str, Any], ...] = Field(
+        default=(),
+        description="further attacks, each on the undefended teacher and on every defense of the "
+        "weights; `attack` with its clean-ups is on every defense",
+    )
     cleanups: tuple[str, ...] = ("correct_only",)
+    exam_split: Literal["test", "validation"] = Field(
+        default="test",
+        description="problems of all exams: choose settings on `validation`, and look at `test` "
+        "once, with the settings that were chosen",
+    )
+    probe: Probe | None = Field(
+        default=None, description="what else is measured of every teacher; null measures nothing"
+    )
     exam_problems: int = Field(
         default=600, ge=1, description="test problems a student answers, greedily"
     )
@@ -112,6 +171,11 @@ class ExperimentConfig(Config):
     def _known_attack(cls, attack: dict[str, Any]) -> dict[str, Any]:
         return attacks.resolve(dict(attack)).config.dump()
 
+    @field_validator("attacks")
+    @classmethod
+    def _known_attacks(cls, items: tuple[dict[str, Any], ...]) -> tuple[dict[str, Any], ...]:
+        return tuple(attacks.resolve(dict(item)).config.dump() for item in items)
+
     @field_validator("cleanups")
     @classmethod
     def _known_cleanups(cls, names: tuple[str, ...]) -> tuple[str, ...]:
@@ -124,6 +188,20 @@ class ExperimentConfig(Config):
         names = [student.name for student in self.students]
         if len(set(names)) != len(names):
             raise ValueError(f"two students have the same name: {', '.join(names)}")
+        every = [(item["name"], item["variant"]) for item in (self.attack, *self.attacks)]
+        repeated = [
+            f"{name} ({variant})" for name, variant in every if every.count((name, variant)) > 1
+        ]
+        if repeated:
+            raise ValueError(
+                f"two attacks are called {repeated[0]}; give each a `variant` of its own"
+            )
+        labels = [f"{choice.label} ({choice.strength:g})" for choice in self.defenses]
+        if len(set(labels)) != len(labels):
+            raise ValueError(
+                f"two defenses have the same name and strength: {', '.join(labels)}; "
+                "give one a `name`"
+            )
         needs = any(d.needs_proxies for choice in self.defenses for d in choice.resolve())
         if needs and not self.proxies:
             raise ValueError("a defense in this list needs at least one proxy; `proxies` is empty")
@@ -143,6 +221,13 @@ class ExperimentConfig(Config):
         """The name of every model in it, each once."""
         names = (self.teacher, *self.proxies, *(student.model for student in self.students))
         return tuple(dict.fromkeys(names))
+
+    def attack_called(self, name: str, variant: str) -> dict[str, Any]:
+        """The settings of one of the attacks; clean-ups are no variants of the main one."""
+        for item in self.attacks:
+            if (item["name"], item["variant"]) == (name, variant):
+                return item
+        return self.attack
 
     @property
     def most_traces(self) -> int:

@@ -4,7 +4,7 @@ import json
 import shutil
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,11 @@ from actors.generator import GenerationJob, GenerationWorker
 from actors.heads import HeadJob
 from actors.proxy import ProxyActor
 from actors.resources import Slots
+from actors.scorer import ScoreActor
 from actors.students import StudentJob
 from actors.teacher import FeatureJob, TeacherActor
 from azeotrope import models
-from azeotrope.config import digest
+from azeotrope.config import ConfigError, digest
 from azeotrope.defenses.base import Defense
 from azeotrope.generation import Sampling
 from azeotrope.head_training import HeadTraining
@@ -25,7 +26,7 @@ from azeotrope.tasks import build as build_task
 from azeotrope.tasks import is_local as task_is_local
 from azeotrope.traces import ground_truth, read_traces, write_traces
 from workflows.display import Display
-from workflows.settings import ExperimentConfig, StudentConfig
+from workflows.settings import ExperimentConfig, ProxyLesson, StudentConfig
 from workflows.stages import Cache, Stage
 
 
@@ -41,6 +42,17 @@ class Request:
     defense: str = "none"
     decoding: tuple[dict[str, Any], ...] = ()
     seed: int = 0
+    skip: int = 0
+    """Problems of the split that are left to others."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The teacher whose logits an attack sees, on texts whose hidden states are known."""
+
+    teacher: str
+    features: Stage
+    snapshot: str | None = None
 
 
 @dataclass(frozen=True)
@@ -54,6 +66,10 @@ class Planned:
     @property
     def task(self) -> trainer.Task:
         return trainer.Task(self.label, self.job, str(self.stage.partial))
+
+
+# A proxy's exam is no result: it is asked a few problems that nobody else is.
+_LESSON = {"save_students": True, "exam_split": "validation", "exam_problems": 50}
 
 
 class StoppedError(RuntimeError):
@@ -113,6 +129,7 @@ class Steps:
             defense=request.defense,
             decoding=list(request.decoding),
             seed=request.seed,
+            **({"skip": request.skip} if request.skip else {}),
             # Rows of one shard are one batch, and a batch of another shape rounds otherwise.
             shard=self.config.shard,
         )
@@ -125,7 +142,7 @@ class Steps:
                 label=request.label,
                 task=self.config.task,
                 split=request.split,
-                start=start,
+                start=request.skip + start,
                 count=min(shard, request.count - start),
                 sampling=request.sampling,
                 seed=request.seed,
@@ -136,17 +153,59 @@ class Steps:
             for start in range(0, request.count, shard)
         ]
 
-    def ground_truth(self, count: int) -> Stage:
-        """The thief's own data: reference solutions of the same problems."""
+    def ground_truth(self, count: int, skip: int = 0) -> Stage:
+        """Reference solutions of problems: what a thief has without any teacher."""
+        return self._truth("train", count, skip)
+
+    def held_out(self, count: int) -> Stage:
+        """Reference solutions that nobody learned from."""
+        return self._truth("validation", count, 0)
+
+    def _truth(self, split: str, count: int, skip: int) -> Stage:
         task_config = self.config.task
 
         def make(folder: Path) -> None:
             task = build_task(task_config)
-            write_traces(
-                folder / "0000000.parquet", ground_truth(task, task.problems("train", count))
-            )
+            problems = task.problems(split, count, skip=skip)
+            write_traces(folder / "0000000.parquet", ground_truth(task, problems))
 
-        stage = self.cache.stage("truth", task=task_config.dump(), count=count)
+        where = {} if (split, skip) == ("train", 0) else {"split": split, "skip": skip}
+        stage = self.cache.stage("truth", task=task_config.dump(), count=count, **where)
+        return self.cache.build(stage, make)
+
+    def rarest(self, source: Stage, teacher: str, share: float) -> Stage:
+        """The share of a teacher's right traces that the proxies find least likely."""
+        config = self.config
+        stage = self.cache.stage(
+            "rarest",
+            traces=source.key,
+            proxies=[self._fingerprint(name) for name in config.proxies],
+            share=share,
+        )
+
+        def make(folder: Path) -> None:
+            jobs = self._feature_jobs(source, folder / "scores", only_correct=True)
+            arguments = {
+                "proxies": tuple(models.resolve(name) for name in config.proxies),
+                "teacher": models.resolve(teacher),
+            }
+            with self.display.task("how likely the proxies find each trace", len(jobs)) as advance:
+                self._ray()
+                chain = [pool.Link(ScoreActor, arguments)]
+                pool.run_jobs(jobs, chain, config.resources, on_done=advance)
+            scores: dict[str, float] = {}
+            for file in sorted((folder / "scores").glob("*.json")):
+                scores.update(json.loads(file.read_text()))
+            chosen = set(sorted(scores, key=lambda name: scores[name])[: int(share * len(scores))])
+            kept = [trace for trace in read_traces(source.path) if trace.id in chosen]
+            if not kept:
+                raise ConfigError(
+                    f"training.rarest {share:g} leaves none of {len(scores)} right traces; raise "
+                    "it, or take more head_traces"
+                )
+            for start in range(0, len(kept), config.shard):
+                write_traces(folder / f"{start:07d}.parquet", kept[start : start + config.shard])
+
         return self.cache.build(stage, make)
 
     def rewritten(self, source: Stage, defense: Defense, label: str) -> Stage:
@@ -181,11 +240,13 @@ class Steps:
         count: int,
         *,
         only_correct: bool,
+        layer: str | None = None,
     ) -> Stage:
-        """Frozen-trunk hidden states of teacher and proxies on the teacher's own traces.
+        """Frozen-trunk hidden states of teacher and proxies on traces or other texts.
 
         Args:
             count: traces wanted; whole shards are taken until there are as many.
+            layer: proxies store what enters this layer.
         """
         config = self.config
         files = sorted(traces.path.glob("*.parquet"))[: -(-count // config.shard)]
@@ -198,90 +259,175 @@ class Steps:
             max_length=config.max_length,
             only_correct=only_correct,
             files=[file.name for file in files],
+            layer=layer,
         )
 
         def make(folder: Path) -> None:
-            jobs = [
-                FeatureJob(
-                    traces=str(file),
-                    folder=str(folder),
-                    boundary=config.boundary,
-                    max_length=config.max_length,
-                    only_correct=only_correct,
-                ).model_dump_json()
-                for file in files
-            ]
+            jobs = self._feature_jobs(
+                traces, folder, only_correct=only_correct, layer=layer, files=len(files)
+            )
             chain = [pool.Link(TeacherActor, {"model": models.resolve(teacher)})]
             for index, name in enumerate(proxies):
                 arguments = {"model": models.resolve(name), "teacher": models.resolve(teacher)}
                 chain.append(pool.Link(ProxyActor, {**arguments, "index": index}))
-            with self.display.task("features of teacher and proxies", len(jobs)) as advance:
+            who = "teacher and proxies" if proxies else "teacher"
+            with self.display.task(f"features of {who}", len(jobs)) as advance:
                 self._ray()
                 pool.run_jobs(jobs, chain, config.resources, on_done=advance)
 
         return self.cache.build(stage, make)
 
+    def _feature_jobs(
+        self,
+        traces: Stage,
+        folder: Path,
+        *,
+        only_correct: bool,
+        layer: str | None = None,
+        files: int | None = None,
+    ) -> list[str]:
+        config = self.config
+        return [
+            FeatureJob(
+                traces=str(file),
+                folder=str(folder),
+                boundary=config.boundary,
+                max_length=config.max_length,
+                only_correct=only_correct,
+                task=config.task,
+                layer=layer,
+            ).model_dump_json()
+            for file in sorted(traces.path.glob("*.parquet"))[:files]
+        ]
+
     def head(
-        self, features: Stage, teacher: str, defense: dict[str, Any], training: HeadTraining
+        self,
+        features: Sequence[Stage],
+        teacher: str,
+        proxies: tuple[str, ...],
+        defense: dict[str, Any],
+        training: HeadTraining,
+        *,
+        keeps_floor: bool = True,
     ) -> Stage:
         """A defended head, exported as a plain checkpoint in `teacher/`."""
         config = self.config
-        described = {
-            "teacher": self._fingerprint(teacher),
-            "clean": self._fingerprint(config.teacher),
-            "proxies": [self._fingerprint(name) for name in config.proxies],
-            "defense": defense,
-            "training": training.dump(),
-            "features": features.key,
-            "task": config.task.dump(),
-            "max_new_tokens": config.sampling.max_new_tokens,
-            "shard": config.shard,
-        }
-        stage = self.cache.stage("head", **described)
         job = HeadJob(
             teacher=models.resolve(teacher),
             clean=models.resolve(config.teacher),
-            proxies=tuple(models.resolve(name) for name in config.proxies),
+            proxies=tuple(models.resolve(name) for name in proxies),
             defense=defense,
             training=training,
-            features=str(features.path),
+            features=tuple(str(stage.path) for stage in features),
             task=config.task,
             max_new_tokens=config.sampling.max_new_tokens,
             shard=config.shard,
+            keeps_floor=keeps_floor,
         )
+        described = {
+            **job.dump(),
+            "teacher": self._fingerprint(teacher),
+            "clean": self._fingerprint(config.teacher),
+            "proxies": [self._fingerprint(name) for name in proxies],
+            "features": [stage.key for stage in features],
+        }
+        stage = self.cache.stage("head", **described)
         self._train("head", [Planned(stage, job.dump(), f"head: {defense['name']}")])
         return stage
 
     # Students ----------------------------------------------------------------------------
 
     def plan_student(
-        self, student: StudentConfig, source: Stage, take: int, cleanup: str, seed: int, what: str
+        self,
+        student: StudentConfig,
+        source: Stage,
+        take: int,
+        cleanup: str,
+        seed: int,
+        what: str,
+        *,
+        attack: dict[str, Any] | None = None,
+        asked: Asked | None = None,
     ) -> Planned:
-        """A student to be trained on the first `take` traces of a stage, and examined."""
+        """A student to be trained on the first `take` traces of a stage, and examined.
+
+        Args:
+            attack: the experiment's main one unless given.
+            asked: the teacher's side of an attack on logits.
+        """
         config = self.config
         job = StudentJob(
             model=models.resolve(student.model),
             name=student.name,
             lora=student.lora,
-            attack=config.attack,
+            attack=attack or config.attack,
             cleanup=cleanup,
             traces=str(source.path),
             take=take,
             boundary=config.boundary,
             task=config.task,
             exam_problems=config.exam_problems,
+            exam_split=config.exam_split,
             exam=config.greedy,
             seed=seed,
             save_weights=config.save_students,
+            teacher=asked and models.resolve(asked.teacher),
+            features=asked and str(asked.features.path),
+            snapshot=asked and asked.snapshot and models.resolve(asked.snapshot),
         )
         places = {"model": self._fingerprint(student.model), "traces": source.key}
+        if asked is not None:
+            places["teacher"] = self._fingerprint(asked.teacher)
+            places["features"] = asked.features.key
+            if asked.snapshot is not None:
+                places["snapshot"] = self._fingerprint(asked.snapshot)
         stage = self.cache.stage("student", **{**job.dump(), **places})
         label = f"{student.name}, {what}, {take} traces, {cleanup}, seed {seed}"
         return Planned(stage, job.dump(), label)
 
+    def taught_proxies(self, lesson: ProxyLesson, skip: int) -> tuple[str, ...]:
+        """The proxies after their lesson: checkpoints of students of the undefended teacher.
+
+        Args:
+            skip: problems that are the thief's.
+        """
+        config = self.config
+        texts = self.ground_truth(lesson.traces, skip)
+        features = self.features(texts, config.teacher, (), lesson.traces, only_correct=False)
+        asked = Asked(config.teacher, features)
+        taught = Steps(config.model_copy(update=_LESSON), self.display)
+        planned = [
+            taught.plan_student(
+                StudentConfig(name=f"proxy {number}", model=name),
+                texts,
+                lesson.traces,
+                "none",
+                0,
+                "lesson",
+                attack=lesson.attacks[number % len(lesson.attacks)],
+                asked=asked,
+            )
+            for number, name in enumerate(config.proxies)
+        ]
+        self.students(planned)
+        return tuple(str(item.stage.path / "student") for item in planned)
+
     def students(self, planned: Sequence[Planned]) -> None:
         """Train students one after another in one Ray Train run."""
         self._train("student", planned)
+
+    def probe(
+        self, what: str, checkpoint: str, make: Callable[[Path], None], **inputs: Any
+    ) -> Stage:
+        """A measurement of one checkpoint that runs here, in this process."""
+        stage = self.cache.stage(
+            "probe",
+            what=what,
+            model=self._fingerprint(checkpoint),
+            task=self.config.task.dump(),
+            **inputs,
+        )
+        return self.cache.build(stage, make)
 
     # -------------------------------------------------------------------------------------
 

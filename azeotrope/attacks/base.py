@@ -21,7 +21,7 @@ from azeotrope.traces import Trace
 from azeotrope.training import FitConfig, TokenSum
 
 Observes = Literal["text", "logits", "topk"]
-_NOT_ATTACKS = {"base", "cleanups"}
+_NOT_ATTACKS = {"base", "cleanups", "logits"}
 
 
 class AttackConfig(Config):
@@ -31,6 +31,15 @@ class AttackConfig(Config):
     fit: FitConfig = Field(default_factory=FitConfig)
     max_length: int = Field(
         default=256, ge=8, description="tokens of prompt and completion together"
+    )
+    variant: str = Field(
+        default="none",
+        pattern=r"^\S+$",
+        description="tells settings of one attack apart in result tables, where it stands in the "
+        "column of the clean-ups: `top_k=5`, `temperature=4`",
+    )
+    on_clean: bool = Field(
+        default=True, description="rob the undefended teacher in this way too, to compare"
     )
 
 

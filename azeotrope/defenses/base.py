@@ -42,6 +42,10 @@ class Head(nn.Module):
         self.weight = nn.Parameter(weight.detach().float().clone())
         self.bias = None if bias is None else nn.Parameter(bias.detach().float().clone())
 
+    def folded(self) -> "Head":
+        """The plain head that computes the same logits, for the exported checkpoint."""
+        return self
+
 
 class ProxyHead(nn.Module):
     """A proxy's frozen head and the tokens it shares with the teacher."""
@@ -71,9 +75,28 @@ class Defense:
     needs_proxies: ClassVar[bool] = False
     is_baseline: ClassVar[bool] = False
     """A yardstick for the others: measured at one budget, without clean-ups."""
+    layer: str | None = None
+    """The layer of the proxies whose gradients the loss needs: it is then given `Surrogate`s, and
+    features that enter that layer. None asks for `ProxyHead`s and last hidden states."""
 
     def __init__(self, config: Any) -> None:
         self.config = config
+
+    def check(self, hidden_size: int) -> None:
+        """Refuse settings that do not fit a teacher of this hidden size (stage `weights`).
+
+        Raises:
+            ValueError: with what was given and what is allowed.
+        """
+
+    def parametrise(self, head: Head, clean: Head, rows: int) -> Head:
+        """What is trained in place of the whole head (stage `weights`).
+
+        Args:
+            clean: the undefended teacher's head, to compare with.
+            rows: rows of the head that belong to tokens; the others pad it.
+        """
+        return head
 
     @property
     def is_identity(self) -> bool:
@@ -82,9 +105,17 @@ class Defense:
     def calibrate(self, completion_tokens: int, reasoning_tokens: int, sequences: int) -> None:
         """Learn the shape of the training data before the first step (stage `weights`)."""
 
-    def loss(self, head: Head, proxies: tuple[ProxyHead, ...], batch: FeatureBatch) -> TokenSum:
+    def loss(self, head: Any, proxies: tuple[Any, ...], batch: FeatureBatch) -> TokenSum:
         """The objective to minimise over the head's parameters (stage `weights`)."""
         raise TypeError(f"{type(self).__name__} of stage {self.stage!r} has no training loss")
+
+    def score(self, head: Any, proxies: tuple[Any, ...], batch: FeatureBatch) -> float | None:
+        """How little a thief learns, on texts held out; lower is better (stage `weights`).
+
+        Among the heads that keep the utility floor the one with the lowest score is chosen; None
+        chooses the last.
+        """
+        return None
 
     def adjust_logits(
         self, logits: Float[Tensor, "rows vocab"], prefixes: list[list[int]]

@@ -62,7 +62,7 @@ def test_without_a_mistake_nothing_is_said(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        (["traces_=5"], ["unknown key 'traces_'", "allowed: attack, boundary,", "traces"]),
+        (["traces_=5"], ["unknown key 'traces_'", "allowed: attack, attacks, boundary,", "traces"]),
         (
             ["sampling.temprature=1"],
             ["'sampling.temprature'", "allowed: max_new_tokens, temperature, top_p"],
@@ -105,7 +105,7 @@ def test_unknown_keys_name_the_known_ones(refused, overrides: list[str], expecte
     ("override", "expected"),
     [
         ("defenses.0.parts.0.strength=-1", ["defense doge", "strength", "greater than", "-1"]),
-        ("defenses.0.parts.0.name=doeg", ["unknown defense 'doeg'", "answers_only, doge"]),
+        ("defenses.0.parts.0.name=doeg", ["unknown defense 'doeg'", "answers_only, cmi, doge"]),
         ("attack.name=text_stf", ["unknown attack 'text_stf'", "text_sft"]),
         ("cleanups=[polish]", ["unknown clean-up 'polish'", "correct_only, drop_reasoning"]),
         ("proxies=[]", ["needs at least one proxy", "`proxies` is empty"]),

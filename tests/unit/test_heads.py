@@ -31,7 +31,7 @@ def test_chunked_cross_entropy_equals_dense(tokens: int, with_bias: bool) -> Non
         F.linear(hidden, weight, bias if with_bias else None), targets, reduction="sum"
     )
     expected = torch.autograd.grad(dense, leaves)
-    total, count = heads.cross_entropy(
+    total, count, _ = heads.cross_entropy(
         hidden, weight, targets, bias if with_bias else None, budget=tokens * VOCAB
     )
     assert count == TOKENS
@@ -42,7 +42,7 @@ def test_chunked_cross_entropy_equals_dense(tokens: int, with_bias: bool) -> Non
 
 def test_a_head_of_zeros_costs_log_vocab_a_token() -> None:
     hidden, _, _, targets = tensors()
-    total, count = heads.cross_entropy(
+    total, count, _ = heads.cross_entropy(
         hidden, torch.zeros(VOCAB, HIDDEN), targets, budget=3 * VOCAB
     )
     assert total.item() == pytest.approx(count * math.log(VOCAB), rel=1e-6)
@@ -50,7 +50,7 @@ def test_a_head_of_zeros_costs_log_vocab_a_token() -> None:
 
 def test_no_tokens_cost_nothing() -> None:
     _, weight, _, targets = tensors()
-    total, count = heads.cross_entropy(torch.zeros(0, HIDDEN), weight, targets[:0])
+    total, count, _ = heads.cross_entropy(torch.zeros(0, HIDDEN), weight, targets[:0])
     assert (total.item(), count) == (0.0, 0)
 
 
@@ -95,14 +95,14 @@ def test_sequence_loss_equals_the_dense_loss_of_each_row_alone(model) -> None:
         ids = torch.tensor([row.prompt + row.completion])
         scores = model(ids).logits[0, len(row.prompt) - 1 : -1]
         expected += F.cross_entropy(scores, torch.tensor(row.completion), reduction="sum").item()
-    total, count = heads.sequence_loss(model, collate(ROWS, PAD))
+    total, count, _ = heads.sequence_loss(model, collate(ROWS, PAD))
     assert count == 4 + 1 + 2
     assert total.item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_padding_and_prompt_targets_change_nothing(model) -> None:
     batch = collate(ROWS, PAD)
-    total, count = heads.sequence_loss(model, batch)
+    total, count, _ = heads.sequence_loss(model, batch)
     elsewhere = torch.where(batch.mask, batch.targets, (batch.targets + 3) % VOCAB)
     lengths = torch.tensor([len(row) - 1 for row in ROWS])
     padding = torch.arange(batch.input_ids.shape[1]) >= lengths[:, None]

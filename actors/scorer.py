@@ -1,0 +1,64 @@
+"""The scoring actor: how likely the proxies find what the teacher wrote."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from actors.teacher import FeatureJob, read_examples
+from azeotrope import heads, models
+from azeotrope.config import write_json
+from azeotrope.tokens import Batch, collate
+from azeotrope.vocabulary import share
+
+BATCH = 32
+
+
+class ScoreActor:
+    """Writes, for each trace of a file, the proxies' mean log-probability a token, in nats."""
+
+    def __init__(self, proxies: tuple[str, ...], teacher: str) -> None:
+        if not torch.cuda.is_available():
+            torch.set_num_threads(1)
+        self.proxies = [models.load(name) for name in proxies]
+        tokenizer = models.load_tokenizer(teacher)
+        self.teacher = models.Loaded(self.proxies[0].model, tokenizer)
+        self.shared = [share(tokenizer, proxy.tokenizer) for proxy in self.proxies]
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        for text in batch["job"]:
+            job = FeatureJob.model_validate(json.loads(text))
+            output = Path(job.folder) / f"{Path(job.traces).stem}.json"
+            if not output.is_file():
+                write_json(output, self._score(job))
+        return batch
+
+    @torch.inference_mode()
+    def _score(self, job: FeatureJob) -> dict[str, float]:
+        examples, _ = read_examples(job, self.teacher)
+        found: dict[str, float] = {}
+        for start in range(0, len(examples), BATCH):
+            batch = collate(examples[start : start + BATCH], pad_id=0)
+            counts = batch.mask.sum(1)
+            total = torch.zeros(len(counts))
+            for proxy, shared in zip(self.proxies, self.shared, strict=True):
+                total += self._sums(proxy, shared.to_proxy, batch)
+            means = total / counts / len(self.proxies)
+            found.update(zip(batch.ids, means.tolist(), strict=True))
+        return found
+
+    @staticmethod
+    def _sums(proxy: models.Loaded, to_proxy: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """The log-probability of each text's completion; a token the proxy lacks is unknown."""
+        device = proxy.device
+        inputs, targets = to_proxy[batch.input_ids], to_proxy[batch.targets[batch.mask]]
+        states = proxy.model.base_model(input_ids=inputs.to(device), use_cache=False)
+        hidden = states.last_hidden_state[batch.mask.to(device)]
+        head = models.head_of(proxy.model)
+        parts = []
+        for piece in heads.chunks(len(targets), len(head.weight)):
+            log_p = heads.logits(hidden[piece], head.weight, head.bias).log_softmax(-1)
+            parts.append(log_p.gather(-1, targets[piece, None].to(device))[:, 0].cpu())
+        sizes = batch.mask.sum(1).tolist()
+        return torch.stack([part.sum() for part in torch.cat(parts).split(sizes)])
