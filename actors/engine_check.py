@@ -18,6 +18,8 @@ from azeotrope.models import Loaded
 
 TOLERANCE = 1e-3
 """Nats, in float32: kernels add up in another order."""
+_ANSWER = "log-probabilities: "
+"""Begins the line that is not something the engine prints."""
 _CPU = {"TORCHDYNAMO_DISABLE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 
 
@@ -68,7 +70,8 @@ def _ask_vllm(checkpoint: Path, prompts: list[list[int]]) -> list[float]:
     if result.returncode:
         last = result.stderr.strip().splitlines()[-1:] or ["it said nothing"]
         raise ExportError(f"vLLM does not serve {checkpoint}: {last[0]}")
-    return json.loads(result.stdout.strip().splitlines()[-1])
+    lines = [line for line in result.stdout.splitlines() if line.startswith(_ANSWER)]
+    return json.loads(lines[-1].removeprefix(_ANSWER))
 
 
 def _serve(checkpoint: str, prompts: list[list[int]]) -> list[float]:
@@ -97,4 +100,5 @@ def _serve(checkpoint: str, prompts: list[list[int]]) -> list[float]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(_serve(sys.argv[1], json.loads(sys.stdin.read()))))
+    answer = json.dumps(_serve(sys.argv[1], json.loads(sys.stdin.read())))
+    sys.stdout.write(f"\n{_ANSWER}{answer}\n")

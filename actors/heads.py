@@ -25,6 +25,7 @@ from azeotrope.surrogate import surrogate_from
 from azeotrope.tasks import TaskConfig
 from azeotrope.tasks import build as build_task
 from azeotrope.tokens import encode_prompt
+from azeotrope.vocabulary import token_rows
 
 CHECKED_PROMPTS = 16
 
@@ -65,8 +66,8 @@ def run(
     # In the first pass the undefended teacher is the one that is loaded.
     undefended = loaded if job.clean == job.teacher else models.load(job.clean)
     plain = head_from(undefended).to(loaded.device)
-    rows = 1 + max(loaded.tokenizer.get_vocab().values())
-    head = defense.parametrise(head_from(loaded), plain, rows).to(loaded.device)
+    head = defense.parametrise(head_from(loaded), plain, token_rows(loaded.tokenizer))
+    head = head.to(loaded.device)
     proxies = tuple(_proxy(name, loaded, defense.layer) for name in job.proxies)
     total = job.training.floor.rounds if job.training.floor else 1
     clean = _measure(undefended, job) if job.training.floor else None
@@ -102,16 +103,18 @@ def run(
         for problem in task.problems("validation", CHECKED_PROMPTS)
     ]
     none_held = bool(result.rounds) and not any(item.accepted for item in result.rounds)
-    chosen = plain if none_held and not job.keeps_floor else head.folded()
+    undefended_again = none_held and not job.keeps_floor
+    chosen = plain if undefended_again else head.folded()
     check = export(loaded, chosen, folder / "teacher", prompts)
-    engine_check.compare(loaded, folder / "teacher", prompts)
+    in_vllm = engine_check.compare(loaded, folder / "teacher", prompts)
     described = {
         "strength": result.strength,
+        "undefended": undefended_again,
         "clean": asdict(clean) if clean else None,
         "rounds": [asdict(item) for item in result.rounds],
         "log": [[entry.step, entry.loss] for entry in result.log],
         "parts": [entry.parts for entry in result.log],
-        "export": asdict(check),
+        "export": {**asdict(check), "vllm_difference": in_vllm},
         "seconds": round(time.perf_counter() - started, 2),
     }
     write_json(folder / "head.json", described)

@@ -141,6 +141,7 @@ def _teacher_head(job: StudentJob, attack: LogitAttack, device: torch.device) ->
         head.bias,
         read_features(Path(job.features) / "teacher"),
         snapshot=snapshot,
+        model=whole.model if attack.needs == "teacher" else None,
     )
 
 

@@ -1,16 +1,18 @@
 """Compare two models that cut the same text into different tokens.
 
-Distributions can be compared where both models have read exactly the same characters. There, each
-teacher token is taken for the first piece by which the student would write it, and the
-probabilities of tokens with the same first piece are summed. This is exact when the teacher's
-tokens are made of the student's pieces, as with a word vocabulary and its byte pairs, and an
-approximation otherwise. What the teacher knows of a token's later pieces is not used.
+Distributions can be compared where both models have read exactly the same characters, and inside
+a token of the teacher too: of the tokens that begin with the pieces which the student has written,
+the teacher's probabilities, normalised, are those of the piece to come. Each token is taken for the
+pieces by which the student would write it, and tokens with the same next piece are summed. This is
+exact when the teacher's tokens are made of the student's pieces, as with a word vocabulary and its
+byte pairs, and an approximation otherwise.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -22,106 +24,145 @@ _ANCHORS = (".", "a", "1", "\n")
 _ROLES = ("pad_token", "unk_token", "bos_token", "eos_token")
 _BROKEN = "\ufffd"
 """What a decoder makes of bytes that are no character."""
+_DEPTH = 8
+"""Pieces of a token that are looked at; few tokens have more."""
 
 
 def same_vocabulary(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
     return one.get_vocab() == other.get_vocab()
 
 
-def first_pieces(
+def spellings(
     teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase, vocab: int
-) -> Int[Tensor, " vocab"]:
-    """The student's first piece for every row of the teacher's head; -1 where it has none.
+) -> Int[Tensor, "vocab depth"]:
+    """The student's pieces for every row of the teacher's head; -1 after the last, or throughout.
 
     Tokens that begin, end or pad a text are those of the same role, whatever their spelling. Other
     special tokens, and tokens that are a part of a character, are those of the same spelling.
 
     Args:
-        vocab: rows of the teacher's head, rows that pad it included.
+        vocab: rows of the teacher's head; rows that pad it have no pieces.
+
+    Raises:
+        ValueError: if the student can write none of the teacher's tokens.
     """
-    pieces = torch.full((vocab,), -1, dtype=torch.long)
     ours = student.get_vocab()
     roles = {getattr(teacher, role): getattr(student, f"{role}_id") for role in _ROLES}
     special = set(teacher.all_special_tokens)
+    before = teacher.tokenize(".")[-1:]
+    alone = teacher.convert_tokens_to_string(before)
+    found: dict[int, list[int]] = {}
     waiting: dict[int, str] = {}
     for token, index in teacher.get_vocab().items():
-        text = _text(teacher, token)
-        if index >= vocab:
-            continue
+        text = teacher.convert_tokens_to_string([*before, token]).removeprefix(alone)
         if token in roles:
-            pieces[index] = -1 if roles[token] is None else roles[token]
+            found[index] = [] if roles[token] is None else [roles[token]]
         elif token in special or _BROKEN in text:
-            pieces[index] = ours.get(token, -1)
-        elif text:
+            found[index] = [ours[token]] if token in ours else []
+        else:
             waiting[index] = text
     for anchor in _ANCHORS:
-        found = _after(student, anchor, waiting)
-        for index, piece in found.items():
-            pieces[index] = -1 if piece == student.unk_token_id else piece
-            del waiting[index]
-    return pieces
+        found.update(_written_after(student, anchor, waiting))
+        waiting = {index: text for index, text in waiting.items() if index not in found}
+    table = torch.full((vocab, _DEPTH), -1, dtype=torch.long)
+    for index, pieces in found.items():
+        if index < vocab and (student.unk_token_id not in pieces or index == teacher.unk_token_id):
+            table[index, : len(pieces)] = torch.tensor(pieces[:_DEPTH], dtype=torch.long)
+    if not bool((table >= 0).any()):
+        raise ValueError(
+            "the student can write none of the teacher's tokens: nothing can be compared"
+        )
+    return table
 
 
-def _text(tokenizer: PreTrainedTokenizerBase, token: str) -> str:
-    """What a token writes in the middle of a text, white space included."""
-    before = tokenizer.tokenize(".")[-1:]
-    alone = tokenizer.convert_tokens_to_string(before)
-    joined = tokenizer.convert_tokens_to_string([*before, token])
-    return joined.removeprefix(alone)
-
-
-def _after(student: PreTrainedTokenizerBase, anchor: str, texts: dict[int, str]) -> dict[int, int]:
-    """The first piece of each text after an anchor, where the two do not grow together."""
+def _written_after(
+    student: PreTrainedTokenizerBase, anchor: str, texts: dict[int, str]
+) -> dict[int, list[int]]:
+    """The pieces of each text after an anchor, where the two do not grow together."""
     if not texts:
         return {}
-    alone = student(anchor, add_special_tokens=False)["input_ids"]
+    alone: list[int] = student(anchor, add_special_tokens=False)["input_ids"]  # type: ignore[assignment]
     joined = student([anchor + text for text in texts.values()], add_special_tokens=False)
-    size = len(alone)  # type: ignore[arg-type]
+    size = len(alone)
     return {
-        index: ids[size]
+        index: ids[size:]
         for index, ids in zip(texts, joined["input_ids"], strict=True)  # type: ignore[arg-type]
         if len(ids) > size and ids[:size] == alone
     }
 
 
-def common_starts(
+def next_pieces(
+    table: Int[Tensor, "vocab depth"], begun: Int[Tensor, " pieces"]
+) -> tuple[Int[Tensor, " vocab"], Bool[Tensor, " vocab"]]:
+    """What each of the teacher's tokens says about the piece that comes after those `begun`.
+
+    Returns:
+        The next piece of every token that begins so, and -1 for the others; and the tokens that
+        are complete, after which the student may write anything else.
+    """
+    depth = len(begun)
+    fits = (table[:, :depth] == begun).all(-1)
+    following = table[:, depth]
+    complete = fits & (following < 0) if depth else torch.zeros_like(fits)
+    return following.where(fits, -1), complete
+
+
+class Meeting(NamedTuple):
+    """A token of the student's that can be compared with one of the teacher's."""
+
+    ours: int
+    theirs: int
+    begun: tuple[int, ...]
+    """Pieces of the teacher's token that the student has written already."""
+
+
+def meetings(
     text: str,
     student: PreTrainedTokenizerBase,
     teacher: PreTrainedTokenizerBase,
+    table: Int[Tensor, "vocab depth"],
     *,
     finished: bool,
     written: Sequence[int] | None = None,
-) -> tuple[list[int], list[int]]:
-    """Indices of the completion tokens before which both have read the same characters.
+) -> list[Meeting]:
+    """Where the completion tokens of two models meet, in the student's order.
 
     Args:
+        table: `spellings` of the teacher's tokens.
         finished: both models also predict the end of the sequence, after the last token.
         written: the teacher's tokens of the text, which need not be those that its tokenizer
             would choose.
 
-    Returns:
-        The student's and the teacher's indices, one pair a position.
-
     Raises:
         ValueError: if `written` does not spell the text.
     """
-    ours = _reads(_offsets(student, text))
-    encoded = teacher(text, add_special_tokens=False)["input_ids"]
-    if written is None or list(written) == encoded:
-        spans = _offsets(teacher, text)
-    else:
-        spans = _spelled(teacher, written, text)
-    theirs = _reads(spans)
-    shared = [characters for characters in ours if characters in theirs]
-    pairs = [(ours[characters], theirs[characters]) for characters in shared]
+    pieces, ours = _encoded(student, text)
+    words, theirs = _encoded(teacher, text)
+    if written is not None and list(written) != words:
+        words, theirs = list(written), _spelled(teacher, written, text)
+    starts = _reads(theirs)
+    found: list[Meeting] = []
+    for read, index in _reads(ours).items():
+        if read not in starts:
+            continue
+        token = starts[read]
+        found.append(Meeting(index, token, ()))
+        spelling = [piece for piece in table[words[token]].tolist() if piece >= 0]
+        for depth in range(1, len(spelling)):
+            if pieces[index : index + depth] != spelling[:depth]:
+                break
+            if index + depth < len(pieces):
+                found.append(Meeting(index + depth, token, tuple(spelling[:depth])))
     if finished:
-        pairs.append((len(_offsets(student, text)), len(spans)))
-    return [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+        found.append(Meeting(len(pieces), len(words), ()))
+    return found
 
 
-def _offsets(tokenizer: PreTrainedTokenizerBase, text: str) -> list[tuple[int, int]]:
+def _encoded(
+    tokenizer: PreTrainedTokenizerBase, text: str
+) -> tuple[list[int], list[tuple[int, int]]]:
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    return list(encoded["offset_mapping"])  # type: ignore[arg-type]
+    return list(encoded["input_ids"]), list(encoded["offset_mapping"])  # type: ignore[arg-type]
 
 
 def _spelled(

@@ -8,6 +8,7 @@ computes in (float32, or bfloat16 for a bfloat16 model), so reading them back lo
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -135,7 +136,7 @@ def compute(
             hidden = hidden_states(model, inputs.to(model.device)).cpu()
             parts = hidden.split(batch.mask.sum(1).tolist())
         else:
-            entering = block_inputs(model, inputs.to(model.device), before_block).cpu()
+            entering = block_inputs(model, inputs.input_ids.to(model.device), before_block).cpu()
             parts = [row[: len(e) - 1] for row, e in zip(entering, chosen, strict=True)]
         for row, states in enumerate(parts):
             keep = batch.mask[row]
@@ -153,35 +154,45 @@ def compute(
 
 
 def block_inputs(
-    model: PreTrainedModel, batch: Batch, block: int
+    model: PreTrainedModel, input_ids: Int[Tensor, "batch time"], block: int
 ) -> Float[Tensor, "batch time hidden"]:
     """What enters a block of the trunk; the blocks from there on are not run.
 
     Raises:
         ValueError: if the trunk keeps its blocks elsewhere than in `layers`.
     """
-    blocks = getattr(model.base_model, "layers", None)
-    if blocks is None:
-        raise ValueError(
-            f"{type(model).__name__} has no list `layers` of blocks; surrogates need one, as "
-            "Llama, Qwen, OLMo and most decoders have"
-        )
+    blocks = blocks_of(model)
     if block >= len(blocks):
-        return model.base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
+        return model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
     caught: list[Tensor] = []
 
-    def catch(_: nn.Module, arguments: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
+    def catch(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
         caught.append(arguments[0] if arguments else named["hidden_states"])
         raise _ReachedError
 
     handle = blocks[block].register_forward_pre_hook(catch, with_kwargs=True)
     try:
-        model.base_model(input_ids=batch.input_ids, use_cache=False)
+        model.base_model(input_ids=input_ids, use_cache=False)
     except _ReachedError:
         pass
     finally:
         handle.remove()
     return caught[0]
+
+
+def blocks_of(model: PreTrainedModel) -> nn.ModuleList:
+    """The blocks of a trunk, first to last.
+
+    Raises:
+        ValueError: if the trunk keeps them elsewhere than in `layers`.
+    """
+    blocks = getattr(model.base_model, "layers", None)
+    if not isinstance(blocks, nn.ModuleList):
+        raise ValueError(
+            f"{type(model).__name__} has no list `layers` of blocks; surrogates need one, as "
+            "Llama, Qwen, OLMo and most decoders have"
+        )
+    return blocks
 
 
 class _ReachedError(Exception):

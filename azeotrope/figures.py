@@ -49,8 +49,8 @@ class PlotLine(Config):
     label: str
     x: list[float]
     y: list[float]
-    low: list[float] = []
-    high: list[float] = []
+    low: list[float] = Field(default=[])
+    high: list[float] = Field(default=[])
     connected: bool = True
 
 
@@ -63,6 +63,7 @@ class Plot(Config):
     x_label: str
     y_label: str
     log_x: bool = False
+    ticks: list[str] = Field(default=[], description="names of x = 0, 1, 2, ...")
     lines: list[PlotLine]
 
 
@@ -70,29 +71,45 @@ def plot_figure(plot: Plot) -> Figure:
     """The figure that a plot describes."""
     figure = Figure(figsize=(6.4, 4.0), layout="constrained")
     axes = figure.subplots()
+    apart = [line for line in plot.lines if not line.connected]
     for number, line in enumerate(plot.lines):
         colour = COLOURS[number % len(COLOURS)]
-        style = "o-" if len(line.x) <= MARKED else "-"
-        axes.plot(line.x, line.y, style if line.connected else "o", color=colour, label=line.label)
-        if line.low and line.connected:
-            axes.fill_between(line.x, line.low, line.high, color=colour, alpha=0.15, linewidth=0)
-        elif line.low:
-            arms = [
-                [y - low for y, low in zip(line.y, line.low, strict=True)],
-                [high - y for y, high in zip(line.y, line.high, strict=True)],
-            ]
-            axes.errorbar(line.x, line.y, yerr=arms, fmt="none", color=colour, capsize=3)
+        _plot_line(axes, line, colour, 0.08 * _place(line, apart))
     if plot.log_x:
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(ScalarFormatter())
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_xticks(sorted({x for line in plot.lines for x in line.x}))
         axes.tick_params(axis="x", labelrotation=45)
+    if plot.ticks:
+        axes.set_xticks(range(len(plot.ticks)), plot.ticks)
     axes.set_xlabel(plot.x_label)
     axes.set_ylabel(plot.y_label)
-    axes.legend(frameon=False, fontsize=8)
+    _legend_below(figure, [axes])
     _finish(axes)
     return figure
+
+
+def _place(line: PlotLine, apart: Sequence[PlotLine]) -> float:
+    """Points that stand over the same name are set side by side."""
+    return apart.index(line) - (len(apart) - 1) / 2 if line in apart else 0.0
+
+
+def _plot_line(axes: Axes, line: PlotLine, colour: str, shift: float) -> None:
+    x = [value + shift for value in line.x]
+    if not line.connected:
+        arms = None
+        if line.low:
+            arms = [
+                [y - low for y, low in zip(line.y, line.low, strict=True)],
+                [high - y for y, high in zip(line.y, line.high, strict=True)],
+            ]
+        axes.errorbar(x, line.y, yerr=arms, fmt="o", color=colour, capsize=3, label=line.label)
+        return
+    style = "o-" if 2 < len(x) <= MARKED else "-"
+    axes.plot(x, line.y, style, color=colour, linewidth=1.4, label=line.label)
+    if line.low:
+        axes.fill_between(x, line.low, line.high, color=colour, alpha=0.15, linewidth=0)
 
 
 def figures(
@@ -251,6 +268,7 @@ def _bar_figure(index: Index) -> Figure | None:
                 error_kw={"elinewidth": 1.2, "capsize": 3},
             )
         axes.set_yticks(range(len(inside)), [line.label for line in inside])
+        axes.margins(y=0.01)
         axes.invert_yaxis()
         axes.set_title(f"student {panel[1]}", fontsize=10, loc="left")
         axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
@@ -284,11 +302,11 @@ def _loss_figure(curves: Sequence[LossCurve]) -> Figure | None:
 
 
 def _colours(lines: Iterable[Line]) -> dict[str, str]:
-    """One colour a label; clean traces always have the first."""
-    labels = list(dict.fromkeys(line.label for line in lines if line.stolen))
-    rest = [label for label in labels if label != "clean traces"]
+    """One colour a label; what the undefended teacher gives always has the first."""
+    stolen = [line for line in lines if line.stolen]
+    rest = list(dict.fromkeys(line.label for line in stolen if line.defense != "none"))
     named = {label: COLOURS[1 + i % (len(COLOURS) - 1)] for i, label in enumerate(rest)}
-    return named | {"clean traces": COLOURS[0]}
+    return named | {line.label: COLOURS[0] for line in stolen if line.defense == "none"}
 
 
 def _arms(estimate: Estimate, least: float, most: float) -> list[list[float]]:

@@ -19,25 +19,28 @@ def fold(
 ) -> tuple[Tensor, Tensor | None]:
     """The head that computes (I + B A) z, with B = `up` and A = `down`.
 
-    Rows of the head beyond `tokens` pad it; they are neither read nor changed. The product is
-    rank x hidden wide at most: vocabulary squared is never formed.
+    Rows of the head beyond `tokens` pad it; they are neither read nor changed. The inner product is
+    rank x hidden: vocabulary squared is never formed. The result has the head's dtype, and is
+    computed in that of the factors.
+
+    Raises:
+        ValueError: if the factors have more tokens than the head has rows.
     """
-    tokens = len(up)
-    folded = weight.clone()
-    folded[:tokens] += up @ (down @ weight[:tokens])
-    if bias is None:
-        return folded, None
-    shifted = bias.clone()
-    shifted[:tokens] += up @ (down @ bias[:tokens])
-    return folded, shifted
+    if len(up) > len(weight):
+        raise ValueError(f"the factors have {len(up)} tokens, but the head has {len(weight)} rows")
+    return _moved(weight, up, down), None if bias is None else _moved(bias, up, down)
+
+
+def _moved(given: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    tokens = given[: len(up)].to(up.dtype)
+    return torch.cat([(tokens + up @ (down @ tokens)).to(given.dtype), given[len(up) :]])
 
 
 def check_foldable(model: PreTrainedModel) -> None:
     """Refuse models in which a changed head would not be a changed map of logits.
 
     Raises:
-        ValueError: for a cap on the final logits, and for a head that is not a floating-point
-            matrix.
+        ValueError: for a cap on the final logits, and for a head that is missing or quantised.
     """
     config = model.config.get_text_config()
     cap = getattr(config, "final_logit_softcapping", None)
@@ -48,10 +51,13 @@ def check_foldable(model: PreTrainedModel) -> None:
             "final_logit_softcapping to null in its config.json if the model can do without"
         )
     head = model.get_output_embeddings()
+    if head is None:
+        raise ValueError(f"{type(model).__name__} has no output head to fold into")
     weight = getattr(head, "weight", None)
-    quantised = getattr(config, "quantization_config", None) is not None
-    plain = isinstance(weight, Tensor) and weight.is_floating_point() and weight.dim() == 2
-    if not plain or (quantised and not type(head) is torch.nn.Linear):
+    quantised = any(getattr(c, "quantization_config", None) for c in (config, model.config))
+    # Floats of one byte are quantised too.
+    plain = isinstance(weight, Tensor) and weight.is_floating_point() and weight.itemsize > 1
+    if not plain or (quantised and type(head) is not torch.nn.Linear):
         raise ValueError(
             f"the output head of {type(model).__name__} is quantised "
             f"({type(head).__name__}); fold into the unquantised checkpoint, then quantise that"

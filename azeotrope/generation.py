@@ -16,7 +16,11 @@ from transformers import DynamicCache, PreTrainedModel
 from azeotrope.config import Config
 
 AdjustLogits = Callable[[Tensor, list[list[int]]], Tensor]
-"""(logits of shape [rows, vocab], the completion so far of each row) -> logits, same shape."""
+"""(logits of shape [rows, vocab], the completion so far of each row) -> logits, same shape.
+
+Rows that are finished are left out. A row's completion is one list from the first step to the last,
+so that whoever keeps something for each row can tell which ones are still there.
+"""
 
 
 class Sampling(Config):
@@ -71,7 +75,7 @@ def generate(
     written: list[list[int]] = [[] for _ in range(rows)]
     finished = [False] * rows
     uniforms = None if sampling.temperature == 0 else _uniforms(seeds or (), sampling)
-    input_ids, attention = _pad_left(prompts, pad_id, model.device)
+    input_ids, attention = pad_left(prompts, pad_id, model.device)
     positions = (attention.cumsum(1) - 1).clamp(min=0)
     active = list(range(rows))
     cache = DynamicCache(config=model.config)
@@ -140,9 +144,10 @@ def _uniforms(seeds: Sequence[int], sampling: Sampling) -> Float[Tensor, "rows s
     return torch.stack(draws)
 
 
-def _pad_left(
+def pad_left(
     prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device
 ) -> tuple[Int[Tensor, "rows width"], Int[Tensor, "rows width"]]:
+    """Token ids with the padding in front, and 1 where they are none of it."""
     width = max(len(prompt) for prompt in prompts)
     input_ids = torch.full((len(prompts), width), pad_id, dtype=torch.long)
     attention = torch.zeros_like(input_ids)

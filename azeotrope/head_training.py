@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -111,6 +111,16 @@ class HeadTraining(Config):
         """Who names one setting keeps the others of a head, not those of a student."""
         return {**_FIT, **given} if isinstance(given, dict) else given
 
+    @model_validator(mode="after")
+    def _floor_is_held(self) -> "HeadTraining":
+        if self.floor is not None and self.floor.from_pass > self.refreshes:
+            raise ValueError(
+                f"floor.from_pass {self.floor.from_pass} is no pass of {self.refreshes + 1} "
+                f"(counted from 0; refreshes {self.refreshes}), so the floor would never be held; "
+                "lower it, or set floor=null to do without"
+            )
+        return self
+
 
 @dataclass(frozen=True)
 class Utility:
@@ -167,8 +177,6 @@ def train_head(
     result = HeadResult()
     if defense.is_identity:
         return result
-    if config.floor is not None and (measure is None or clean is None):
-        raise ValueError("a utility floor needs `measure` and the clean teacher's utility")
     defense.calibrate(
         completion_tokens=sum(len(pair.teacher.targets) for pair in data),
         reasoning_tokens=sum(int(pair.teacher.reasoning.sum()) for pair in data),
@@ -178,6 +186,8 @@ def train_head(
         result.log = _fit(head, proxies, data, defense, config.fit, folder, 0, on_step)
         result.strength = defense.config.strength
         return result
+    if measure is None or clean is None:
+        raise ValueError("a utility floor needs `measure` and the clean teacher's utility")
     data, held_out = _split(data, config.held_out)
     score = partial(_score, proxies=proxies, held_out=held_out, defense=defense)
     _search(
@@ -193,22 +203,24 @@ def train_head(
         result,
         on_round,
         on_step,
-    )  # type: ignore[arg-type]
+    )
     return result
 
 
 def _split(
     data: Sequence[FeaturePair], held_out: int
 ) -> tuple[Sequence[FeaturePair], Sequence[FeaturePair]]:
-    """Texts to train on, and the last of the ground truth to score on.
+    """Texts to train on, and texts to score on, of which a defense takes those that it is about.
 
-    A defense that has no ground truth is scored, if at all, on what it was trained on.
+    The last of the ground truth are kept from training. Of its own texts a teacher has too few:
+    the last are scored and trained on.
     """
+    own = [pair for pair in data if pair.teacher.own]
     others = [pair for pair in data if not pair.teacher.own]
     kept = others[-min(held_out, len(others) // 2) :] if len(others) > 1 else []
     names = {pair.teacher.id for pair in kept}
     rest = [pair for pair in data if pair.teacher.own or pair.teacher.id not in names]
-    return rest, kept or data[-held_out:]
+    return rest, [*kept, *own[-held_out:]]
 
 
 def _score(

@@ -5,8 +5,10 @@ positions answered by an old snapshot, or by the open model that the teacher was
 
     log p  ~  log p' + R log p'        (each row centred, R of least norm)
 
-and applies it to everything the defended teacher says. References: Woodbury's identity gives
-M^-1 = I - B (I + A B)^-1 A for M = I + B A; the pairs need not know that form.
+and applies it to everything the defended teacher says. Logits span no more dimensions than the
+teacher's hidden states have, so that as many pairs in general position undo any matrix that can be
+undone; fewer undo it on what they span. For M = I + B A, Woodbury's identity gives the inverse
+M^-1 = I - B (I + A B)^-1 A; the pairs need not know that form.
 """
 
 from dataclasses import dataclass
@@ -33,7 +35,7 @@ class Inversion:
 
 def fit_inversion(
     clean: Float[Tensor, "pairs vocab"],
-    defended: Float[Tensor, "pairs vocab"],
+    defended: Float[Tensor, "answers tokens"],
     ridge: float = 1e-4,
 ) -> Inversion:
     """Solve for the correction by ridge regression in its dual form, in float64.
@@ -46,8 +48,10 @@ def fit_inversion(
         ridge: how far the pairs are believed; rounded logprobs want more.
 
     Raises:
-        ValueError: if there are no pairs, or the two do not match.
+        ValueError: if there are no pairs, the two do not match, or the ridge is not positive.
     """
+    if not ridge > 0:
+        raise ValueError(f"ridge must be above 0, got {ridge}; 1e-4 trusts exact logits")
     if clean.shape != defended.shape or len(clean) == 0:
         raise ValueError(
             "an inversion needs at least one pair of clean and defended logits of one shape, got "

@@ -6,11 +6,12 @@ all tokens not shown. A divergence over events is then exact about what was seen
 pretends that the tail has no mass.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from pydantic import Field
 from torch import Tensor
 
@@ -98,6 +99,8 @@ def as_events(
         return shown.log_softmax(-1)
     # log(1 - sum q) from the other tokens themselves: the difference loses all digits near 1.
     rest = log_q.scatter(-1, tokens, -torch.inf).logsumexp(-1, keepdim=True)
+    # Where every token is named, the tail is as small as that of a teacher who leaves none.
+    rest = rest.masked_fill(rest == -torch.inf, math.log(torch.finfo(rest.dtype).eps))
     return torch.cat([shown, rest], -1)
 
 
@@ -108,23 +111,34 @@ def temper(
     return log_p if temperature == 1 else (log_p / temperature).log_softmax(-1)
 
 
-def merged(events: Events, to_student: Int[Tensor, " vocab"]) -> Events:
+def merged(
+    events: Events,
+    to_student: Int[Tensor, " vocab"],
+    elsewhere: Bool[Tensor, " vocab"] | None = None,
+) -> Events:
     """The same events for a student with another vocabulary.
 
-    Tokens that the student writes with the same first piece become one event of their summed
-    probability, and tokens that it cannot write (-1) none. With a tail this is an approximation:
-    tokens of the tail may share their first piece with one that was shown.
+    Tokens that the student writes with the same next piece become one event of their summed
+    probability, and tokens that it cannot write (-1) none. All other pieces are the tail, to which
+    the teacher gives no more than rounding does. Where there was a tail already this is an
+    approximation: tokens in it may share their piece with one that was shown.
 
     Args:
-        to_student: the student's first piece for every token of the teacher.
+        to_student: the student's next piece for every token of the teacher.
+        elsewhere: tokens that count for the tail, when every token was shown.
     """
     log_p = events.log_p
     if events.tokens is None:
         known = to_student >= 0
         pieces, group = to_student[known].unique(return_inverse=True)
-        rows = group.expand(len(log_p), -1)
-        summed = _summed(log_p[:, known], rows, len(pieces))
-        return Events(summed.log_softmax(-1), pieces.expand(len(log_p), -1))
+        summed = _summed(log_p[:, known], group.expand(len(log_p), -1), len(pieces))
+        tail = log_p.new_full((len(log_p), 1), -torch.inf)
+        if elsewhere is not None:
+            tail = log_p.masked_fill(~elsewhere, -torch.inf).logsumexp(-1, keepdim=True)
+        shares = torch.cat([summed, tail], -1).log_softmax(-1)
+        least = math.log(torch.finfo(log_p.dtype).eps)
+        joined = torch.cat([shares[:, :-1], shares[:, -1:].clamp(min=least)], -1)
+        return Events(joined.log_softmax(-1), pieces.expand(len(log_p), -1))
     tokens = to_student[events.tokens]
     count = tokens.shape[-1]
     known = tokens >= 0

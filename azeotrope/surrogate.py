@@ -15,8 +15,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from azeotrope import heads, models
 from azeotrope.alignment import same_vocabulary
+from azeotrope.features import block_inputs, blocks_of
 from azeotrope.models import Loaded
+from azeotrope.vocabulary import token_rows
 
+_HEAD = "lm_head.weight"
 _BLOCK = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
 
@@ -28,15 +31,15 @@ def first_block(model: PreTrainedModel, layer: str) -> int:
             `model.layers.3.mlp.down_proj.weight` or `lm_head.weight`.
 
     Raises:
-        ValueError: if the model has no such block or tensor.
+        ValueError: if the model has no list of blocks, or no such block or tensor.
     """
-    blocks = len(model.base_model.layers)  # type: ignore[arg-type]
+    blocks = len(blocks_of(model))
     if layer in {"last", "penultimate"}:
         block = blocks - (1 if layer == "last" else 2)
         if block < 0:
             raise ValueError(f"a surrogate of {blocks} blocks has no penultimate one")
         return block
-    if layer.startswith("lm_head."):
+    if layer == _HEAD:
         return blocks
     # The final norm belongs to the last block: what is stored enters a block.
     names = {
@@ -60,6 +63,10 @@ class Surrogate(nn.Module):
 
     Args:
         rows: rows of the vocabulary that belong to tokens; rows that pad the head are left out.
+
+    Raises:
+        ValueError: if the model has no such layer, or its last blocks do not compute alone what
+            they do in the whole.
     """
 
     def __init__(self, loaded: Loaded, layer: str, rows: int) -> None:
@@ -69,22 +76,35 @@ class Surrogate(nn.Module):
         # Flash and memory-saving attention have no forward-mode derivative.
         model.set_attn_implementation("eager")
         trunk = model.base_model
-        trunk.layers = trunk.layers[start:]  # type: ignore[index]
+        sample = torch.arange(min(rows, 8), device=model.device).unsqueeze(0)
+        with torch.no_grad():
+            entering = block_inputs(model, sample, start)[0]
+            wanted = trunk(input_ids=sample, use_cache=False).last_hidden_state[0]
+        trunk.layers = blocks_of(model)[start:]
         model.config.num_hidden_layers -= start
         if getattr(model.config, "layer_types", None):
             model.config.layer_types = model.config.layer_types[start:]
-        self.trunk: nn.Module = trunk
+        # What counts is the angle between gradients, and bfloat16 cannot tell small angles apart.
+        self.trunk: nn.Module = trunk.to(_precise(model.dtype))
         head = models.head_of(model)
         self.weight = nn.Buffer(head.weight.detach().float()[:rows])
         self.bias = None if head.bias is None else nn.Buffer(head.bias.detach().float()[:rows])
         trunk.requires_grad_(False)
-        self.in_head = layer.startswith("lm_head")
+        self.in_head = layer == _HEAD
         self.names = [] if self.in_head else _chosen(model, trunk, layer, start)
+        with torch.no_grad():
+            found = self.hidden({}, entering, [len(entering)], [len(entering)])
+        # Models that scale what they are given instead of their embeddings are far off.
+        if not (found - wanted).float().norm() <= 0.05 * wanted.float().norm():
+            raise ValueError(
+                f"the blocks of {type(model).__name__} from {start} on give other states than in "
+                "the whole model; it cannot be a surrogate"
+            )
 
     def watched(self) -> dict[str, Tensor]:
         """Copies of the tensors whose gradients count, ready to be differentiated."""
         if self.in_head:
-            return {"lm_head.weight": self.weight.detach().requires_grad_(True)}
+            return {_HEAD: self.weight.detach().requires_grad_(True)}
         named = dict(self.trunk.named_parameters())
         return {name: named[name].detach().requires_grad_(True) for name in self.names}
 
@@ -102,7 +122,8 @@ class Surrogate(nn.Module):
             rows, counts: tokens and completion tokens of each text.
         """
         width = max(rows)
-        padded = inputs.new_zeros(len(rows), width, inputs.shape[-1])
+        shape = len(rows), width, inputs.shape[-1]
+        padded = torch.zeros(shape, dtype=_precise(inputs.dtype), device=inputs.device)
         mask = torch.zeros(len(rows), width, dtype=torch.bool, device=inputs.device)
         for number, part in enumerate(inputs.split(list(rows))):
             padded[number, : len(part)] = part
@@ -140,13 +161,17 @@ class Surrogate(nn.Module):
     ) -> Callable[[slice], Tensor]:
         """How the logits move along that direction, for any chunk of the tokens."""
         if self.in_head:
-            states, turn = self.hidden(tensors, inputs, rows, counts), along["lm_head.weight"]
+            states, turn = self.hidden(tensors, inputs, rows, counts), along[_HEAD]
             return lambda part: states[part].float() @ turn.T
         change = self.direction(tensors, along, inputs, rows, counts)
         return lambda part: change[part].float() @ self.weight.T
 
     def logits(self, hidden: Float[Tensor, "tokens hidden"]) -> Float[Tensor, "tokens vocab"]:
         return heads.logits(hidden.float(), self.weight, self.bias)
+
+
+def _precise(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
 
 
 def _chosen(model: PreTrainedModel, trunk: nn.Module, layer: str, start: int) -> list[str]:
@@ -180,4 +205,4 @@ def surrogate_from(loaded: Loaded, teacher: Loaded, layer: str, name: str) -> Su
         ValueError: if it has another vocabulary than the teacher, or no such layer.
     """
     check_vocabulary(loaded.tokenizer, teacher.tokenizer, name)
-    return Surrogate(loaded, layer, 1 + max(teacher.tokenizer.get_vocab().values()))
+    return Surrogate(loaded, layer, token_rows(teacher.tokenizer))

@@ -49,7 +49,8 @@ class Line(NamedTuple):
             return "base student"
         if self.attack == "sft_only":
             return "ground truth only"
-        name = "clean traces" if self.defense == "none" else self.defense
+        asked = "clean traces" if self.attack == "text_sft" else "clean logits"
+        name = asked if self.defense == "none" else self.defense
         if self.strength is not None and self.defense != "none":
             name += f" ({self.strength:g})"
         if self.attack != "text_sft":
@@ -113,7 +114,7 @@ class Index:
             rank = {"none": 0, "sft_only": 1}.get(line.attack, 2)
             position = defenses.index(line.defense)
             defended = (line.defense != "none", line.defense != BASELINE, position)
-            cleaned = (line.attack, line.cleanup != "none", line.cleanup)
+            cleaned = (line.attack, line.cleanup != "none", *_natural(line.cleanup))
             return (
                 line.task,
                 models.index(line.model),
@@ -153,6 +154,15 @@ class Index:
                 return self.teachers[key]
         # Hiding the reasoning changes no answer, so that teacher need not be measured again.
         return self.teacher(line, "none", greedy=greedy) if defense == BASELINE else []
+
+
+def _natural(name: str) -> tuple[str, float]:
+    """`pairs=8` before `pairs=16`."""
+    head, found, number = name.partition("=")
+    try:
+        return head, float(number) if found else 0.0
+    except ValueError:
+        return name, 0.0
 
 
 def line_of(row: Row) -> Line:

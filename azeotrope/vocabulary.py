@@ -10,6 +10,11 @@ from transformers import PreTrainedTokenizerBase
 LEAST_SHARED = 0.5
 
 
+def token_rows(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Rows of a head that belong to tokens; those beyond them pad it."""
+    return 1 + max(tokenizer.get_vocab().values())
+
+
 @dataclass(frozen=True)
 class SharedVocabulary:
     """Tokens both models know: `teacher_ids[i]` and `proxy_ids[i]` are the same string."""

@@ -60,6 +60,21 @@ def attack(
 
 
 @app.command()
+def ablate(
+    config: ConfigName,
+    setting: Annotated[
+        str, typer.Argument(help="strength, rank, layer, kd_weight, temperature, or a path")
+    ],
+    values: Annotated[str, typer.Argument(help="two or more, with commas between them")],
+    overrides: Overrides = None,
+) -> None:
+    """Vary one setting, and draw what it does to the teacher and to its thieves."""
+    from workflows.ablate import main as run
+
+    run(config, setting, values, overrides or [])
+
+
+@app.command()
 def evaluate(
     config: ConfigName,
     model: Annotated[str, typer.Argument(help="pocket/NAME, a checkpoint folder or a hub name")],

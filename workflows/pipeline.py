@@ -221,7 +221,7 @@ def _train_heads(
     skip = config.most_traces if training.apart else 0
     proxies = config.proxies
     if choice.lesson is not None:
-        proxies = steps.taught_proxies(choice.lesson, skip)
+        proxies = steps.taught_proxies(choice.lesson, config.most_traces)
     given: list[Stage] = []
     if training.truth:
         texts = steps.ground_truth(training.truth, skip)

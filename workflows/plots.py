@@ -13,11 +13,68 @@ _PAIRS = re.compile(r"^pairs=(\d+)$")
 
 def plots_of(rows: Sequence[Row], heads: Sequence[tuple[str, list[dict[str, Any]]]]) -> list[Plot]:
     """Training curves of heads with several terms, inversion curves, information and accuracy."""
-    found = [_terms(label, items) for label, items in heads]
-    return [plot for plot in (*found, _inversion(rows), _information(rows)) if plot is not None]
+    rows = _told_apart(rows)
+    terms = [_terms(number, *pair) for number, pair in enumerate(heads, 1)]
+    found = (_divergences(rows), *terms, _inversion(rows), _information(rows))
+    return [plot for plot in found if plot is not None]
 
 
-def _terms(label: str, heads: list[dict[str, Any]]) -> Plot | None:
+def _told_apart(rows: Sequence[Row]) -> list[Row]:
+    """Defenses of one name and several strengths get the strength into their name."""
+    strengths: dict[str, set[float | None]] = defaultdict(set)
+    for row in rows:
+        strengths[row.defense].add(row.strength)
+    return [
+        row.model_copy(update={"defense": f"{row.defense} ({row.strength:g})"})
+        if len(strengths[row.defense]) > 1 and row.strength is not None
+        else row
+        for row in rows
+    ]
+
+
+def _divergences(rows: Sequence[Row]) -> Plot | None:
+    """Every attack on logits on every teacher, beside the student of the ground truth alone."""
+    scores: dict[tuple[str, str, str], list[Accuracy]] = defaultdict(list)
+    for row in _students(rows):
+        if row.cleanup == "none":
+            scores[(row.model, row.defense, row.attack)].append(Accuracy(row.value, row.n))
+    attacks = list(dict.fromkeys(a for _, _, a in scores if a not in _NO_LOGITS))
+    if not attacks:
+        return None
+    lines: list[PlotLine] = []
+    several = len({model for model, _, _ in scores}) > 1
+    for model, defense in dict.fromkeys((m, d) for m, d, a in scores if a in attacks):
+        known = [place for place, a in enumerate(attacks) if (model, defense, a) in scores]
+        found = [mean_accuracy(scores[(model, defense, attacks[place])]) for place in known]
+        name = "clean" if defense == "none" else defense
+        lines.append(
+            PlotLine(
+                label=f"{name}, {model}" if several else name,
+                x=[float(place) for place in known],
+                y=[item.value for item in found],
+                low=[item.lo for item in found],
+                high=[item.hi for item in found],
+                connected=False,
+            )
+        )
+    for (model, _, attack), measured in scores.items():
+        if attack == "sft_only":
+            level = mean_accuracy(measured).value
+            label = f"ground truth alone, {model}" if several else "ground truth alone"
+            lines.append(PlotLine(label=label, x=[0.0, len(attacks) - 1.0], y=[level, level]))
+    return Plot(
+        name="divergences",
+        title="What distillation from logits brings",
+        caption="Student accuracy after each attack on each teacher's logits, without variants; "
+        "means over seeds with 95 % intervals.",
+        x_label="attack",
+        y_label="student accuracy",
+        ticks=attacks,
+        lines=lines,
+    )
+
+
+def _terms(number: int, label: str, heads: list[dict[str, Any]]) -> Plot | None:
     """The loss of a defense and its terms over all passes, as the paper of CMI shows them."""
     loss = [value for head in heads for _, value in head["log"]]
     parts = [entry for head in heads for entry in head.get("parts", [])]
@@ -29,7 +86,7 @@ def _terms(label: str, heads: list[dict[str, Any]]) -> Plot | None:
         points = [(x, entry[name]) for x, entry in zip(steps, parts, strict=True) if name in entry]
         lines.append(PlotLine(label=name, x=[p[0] for p in points], y=[p[1] for p in points]))
     return Plot(
-        name="head_terms_" + re.sub(r"\W+", "_", label.lower()),
+        name=f"head_terms_{number}_" + re.sub(r"[^a-z0-9]+", "_", label.lower()),
         title=f"Training of {label}: the loss and its terms",
         caption=f"{len(heads)} passes one after another. The cosine between what a surrogate would "
         "learn from defended and from clean logits starts at 1, where they are the same.",

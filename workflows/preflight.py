@@ -12,8 +12,8 @@ from azeotrope.config import ConfigError
 from azeotrope.surrogate import check_vocabulary, first_block
 from azeotrope.tasks import build as build_task
 from azeotrope.tasks import is_local
-from azeotrope.vocabulary import share
-from workflows.settings import DefenseChoice, ExperimentConfig
+from azeotrope.vocabulary import share, token_rows
+from workflows.settings import LESSON_PROBLEMS, DefenseChoice, ExperimentConfig
 
 LEAST_DISK = 500 << 20
 
@@ -84,11 +84,16 @@ def _problems(config: ExperimentConfig) -> None:
     floors = [choice.training.floor for choice in config.defenses]
     trained = any(part.stage == "weights" and not part.is_identity for part in parts)
     held_out = [floor.problems for floor in floors if floor and trained]
+    exams = max(config.teacher_problems, config.exam_problems if config.students else 0)
+    checked = [CHECKED_PROMPTS, *held_out] if trained else []
+    lessons = [LESSON_PROBLEMS for choice in config.defenses if choice.lesson is not None]
+    probed = config.probe.information if config.probe else 0
     wanted = {
         "train": max([config.most_traces, *(_own_problems(config, c) for c in config.defenses)]),
-        "test": max(config.teacher_problems, config.exam_problems if config.students else 0),
-        "validation": max([CHECKED_PROMPTS, *held_out]) if trained else 0,
+        "test": 0,
+        "validation": max([*checked, *lessons, probed, 0]),
     }
+    wanted[config.exam_split] = max(wanted[config.exam_split], exams)
     try:
         task = build_task(config.task)
         for split, count in wanted.items():
@@ -107,19 +112,24 @@ def _own_problems(config: ExperimentConfig, choice: DefenseChoice) -> int:
         config.head_traces or config.traces,
         (training.refresh_traces or 0) if training.refreshes else 0,
         training.truth,
-        choice.lesson.traces if choice.lesson else 0,
     )
-    return most + (config.most_traces if training.apart or choice.lesson else 0)
+    lesson = config.most_traces + choice.lesson.traces if choice.lesson else 0
+    return max(most + (config.most_traces if training.apart else 0), lesson)
 
 
 def _defenses(config: ExperimentConfig) -> None:
     """Settings of defenses that only the models can refuse: ranks, layers, vocabularies."""
-    parts = [p for c in config.defenses for p in c.resolve() if p.stage == "weights"]
+    cases = [(c, p) for c in config.defenses for p in c.resolve() if p.stage == "weights"]
     hidden = AutoConfig.from_pretrained(models.resolve(config.teacher)).get_text_config()
     teacher = models.load_tokenizer(config.teacher)
-    for part in (part for part in parts if not part.is_identity):
+    for choice, part in ((c, p) for c, p in cases if not p.is_identity):
         try:
             part.check(hidden.hidden_size)
+            if part.needs_truth and not choice.training.truth:
+                raise ValueError(
+                    "it looks at ground-truth texts, but training.truth is 0; say how many, or "
+                    "set utility_on and cosine_on to own"
+                )
             for name in config.proxies if part.layer is not None else ():
                 assert part.layer is not None
                 check_vocabulary(models.load_tokenizer(name), teacher, name)
@@ -135,13 +145,14 @@ def _skeleton(name: str) -> PreTrainedModel:
 
 
 def _views(config: ExperimentConfig) -> None:
-    vocab = AutoConfig.from_pretrained(models.resolve(config.teacher)).get_text_config().vocab_size
-    for item in config.attacks:
+    tokens = token_rows(models.load_tokenizer(config.teacher))
+    lessons = [choice.lesson.attacks for choice in config.defenses if choice.lesson is not None]
+    for item in (config.attack, *config.attacks, *(item for items in lessons for item in items)):
         top_k = (item.get("view") or {}).get("top_k")
-        if top_k is not None and top_k > vocab:
+        if top_k is not None and top_k > tokens:
             raise ConfigError(
-                f"attack {item['name']}: view.top_k {top_k} is larger than the teacher's vocabulary "
-                f"of {vocab} tokens; lower it, or leave it out to see them all"
+                f"attack {item['name']}: view.top_k {top_k} is larger than the teacher's "
+                f"vocabulary of {tokens} tokens; lower it, or leave it out to see them all"
             )
 
 

@@ -12,8 +12,7 @@ from azeotrope.config import write_json
 from azeotrope.evaluation import Row
 from azeotrope.features import read_features
 from azeotrope.information import conditional_mutual_information
-from azeotrope.tasks import build as build_task
-from azeotrope.tokens import encode_prompt
+from azeotrope.vocabulary import token_rows
 from workflows.results import Taught
 from workflows.settings import ExperimentConfig
 from workflows.stages import Stage
@@ -70,15 +69,16 @@ def _information(config: ExperimentConfig, steps: Steps, checkpoint: str, texts:
 
     def make(folder: Path) -> None:
         items = read_features(features.path / "teacher")
-        head = models.head_of(models.load(checkpoint, device="cpu").model)
+        loaded = models.load(checkpoint, device="cpu")
+        head, rows = models.head_of(loaded.model), token_rows(loaded.tokenizer)
         found = conditional_mutual_information(
             torch.cat([item.hidden for item in items]),
-            head.weight,
+            head.weight[:rows],
             torch.cat([item.targets for item in items]),
             torch.repeat_interleave(
                 torch.arange(len(items)), torch.tensor([len(item.targets) for item in items])
             ),
-            head.bias,
+            None if head.bias is None else head.bias[:rows],
         )
         data = {"value": found.value, "ci95": list(found.ci95), "n": found.positions}
         write_json(folder / FILE, data)
@@ -93,11 +93,7 @@ def _subspace(config: ExperimentConfig, steps: Steps, checkpoint: str) -> Stage:
         shape = loaded.model.config.get_text_config()
         tokens = subspace.sample_tokens(len(loaded.tokenizer))
         count = min(int(shape.hidden_size), len(tokens)) + SPARE
-        task = build_task(config.task)
-        prompts = [
-            encode_prompt(loaded.tokenizer, task.messages(problem.question))
-            for problem in task.problems("validation", count)
-        ]
+        prompts = subspace.random_prompts(len(loaded.tokenizer), count)
         found = {}
         for name, rules in _RULES.items():
             oracle = subspace.ModelOracle(loaded.model, **rules)

@@ -60,10 +60,12 @@ class Taught:
     @property
     def strength(self) -> float:
         """The strength in force: for a searched head the one that was accepted last."""
-        found = [describe(stage, "head.json")["strength"] for stage in self.heads]
-        if found:
-            return max(found)
-        return self.choice.strength if self.choice else 0.0
+        found = [describe(stage, "head.json") for stage in self.heads]
+        if not found:
+            return self.choice.strength if self.choice else 0.0
+        # Whatever was trained before the undefended head was taken again is gone.
+        start = max((i for i, head in enumerate(found) if head.get("undefended")), default=0)
+        return max(head["strength"] for head in found[start:])
 
 
 def rows_of(
@@ -186,9 +188,10 @@ def _notes(label: str, heads: list[dict[str, Any]]) -> list[str]:
                 f"utility floor ({missed}), so the floor asked nothing of the defended one there."
             )
         if rounds and not any(item["accepted"] for item in rounds):
+            kept = "that of the undefended teacher" if head.get("undefended") else "the one it had"
             notes.append(
-                f"{label}: none of {len(rounds)} rounds kept the utility floor, so the exported "
-                "head is the one that training began with."
+                f"{label}: none of {len(rounds)} rounds kept the utility floor, so the head that "
+                f"this pass exported is {kept}."
             )
     return notes
 

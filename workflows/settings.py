@@ -20,6 +20,8 @@ from azeotrope.tasks.pocket import PocketConfig
 from azeotrope.tokens import Boundary
 
 CONFIGS = Path(__file__).parent / "configs"
+LESSON_PROBLEMS = 50
+"""A taught proxy's exam is no result: it is asked a few problems that nobody else is."""
 
 
 class StudentConfig(Config):

@@ -26,7 +26,7 @@ from azeotrope.tasks import build as build_task
 from azeotrope.tasks import is_local as task_is_local
 from azeotrope.traces import ground_truth, read_traces, write_traces
 from workflows.display import Display
-from workflows.settings import ExperimentConfig, ProxyLesson, StudentConfig
+from workflows.settings import LESSON_PROBLEMS, ExperimentConfig, ProxyLesson, StudentConfig
 from workflows.stages import Cache, Stage
 
 
@@ -68,8 +68,11 @@ class Planned:
         return trainer.Task(self.label, self.job, str(self.stage.partial))
 
 
-# A proxy's exam is no result: it is asked a few problems that nobody else is.
-_LESSON = {"save_students": True, "exam_split": "validation", "exam_problems": 50}
+_LESSON = {
+    "save_students": True,
+    "exam_split": "validation",
+    "exam_problems": LESSON_PROBLEMS,
+}
 
 
 class StoppedError(RuntimeError):

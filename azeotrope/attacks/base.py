@@ -20,7 +20,9 @@ from azeotrope.tokens import Boundary, Example
 from azeotrope.traces import Trace
 from azeotrope.training import FitConfig, TokenSum
 
-Observes = Literal["text", "logits", "topk"]
+Observes = Literal["text", "logits", "topk", "teacher"]
+"""What an attack sees: texts, full or truncated distributions on given texts, or a teacher that is
+asked at every step of training about what the student writes."""
 _NOT_ATTACKS = {"base", "cleanups", "logits"}
 
 

@@ -3,15 +3,16 @@
     L = (1 - kd_weight) SFT + kd_weight T^2 mean_t D( softmax(z_t / T), softmax(s_t / T) )
 
 z are the teacher's logits on a text and s the student's on the same text; SFT is cross-entropy on
-the text itself, mean over its tokens. An attack is this and a divergence D. The teacher's trunk is
-frozen, so its hidden states come from a file and a step costs one product with its head; logits
-exist one chunk of tokens at a time.
+the text itself, mean over its tokens. A student with other tokens is compared where the two meet,
+and what is found there stands for all of the text. An attack is this and a divergence D. The
+teacher's trunk is frozen, so its hidden states come from a file and a step costs one product with
+its head; logits exist one chunk of tokens at a time.
 
 References: Hinton et al. 2015, arXiv:1503.02531 (temperature and its square); the mixture of one
 half and the four divergences against which CMI was tested are those of arXiv:2602.03396.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -21,10 +22,10 @@ from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from azeotrope import heads
-from azeotrope.alignment import common_starts, first_pieces, same_vocabulary
+from azeotrope.alignment import Meeting, meetings, next_pieces, same_vocabulary, spellings
 from azeotrope.attacks.base import Attack, AttackConfig
 from azeotrope.divergences import Divergence
 from azeotrope.features import Features
@@ -35,6 +36,7 @@ from azeotrope.tasks.base import Task
 from azeotrope.tokens import Boundary, Example, collate, encode
 from azeotrope.traces import Trace
 from azeotrope.training import TokenSum
+from azeotrope.vocabulary import token_rows
 
 
 class LogitConfig(AttackConfig):
@@ -62,8 +64,17 @@ class LogitConfig(AttackConfig):
 
 
 class TeacherHead:
-    """The teacher's side of an attack: frozen hidden states, the head that serves them, and for
-    the thief who has one, the head of an undefended snapshot."""
+    """The teacher's side of an attack: frozen hidden states and the head that serves them.
+
+    Rows that pad the head beyond the tokenizer belong to no token, and are left out.
+
+    Args:
+        snapshot: weight and bias of an undefended head, for the thief who has one.
+        model: the whole defended teacher, for attacks that ask it about texts of their own.
+
+    Raises:
+        ValueError: if the snapshot's head is of another shape.
+    """
 
     def __init__(
         self,
@@ -73,11 +84,19 @@ class TeacherHead:
         features: Sequence[Features],
         *,
         snapshot: tuple[Tensor, Tensor | None] | None = None,
+        model: PreTrainedModel | None = None,
     ) -> None:
+        if snapshot is not None and snapshot[0].shape != weight.shape:
+            raise ValueError(
+                f"the snapshot's head is {tuple(snapshot[0].shape)} and the teacher's "
+                f"{tuple(weight.shape)}; a snapshot is an earlier state of the same model"
+            )
         self.tokenizer = tokenizer
-        self.weight, self.bias = weight.detach().float(), bias
+        self.rows = min(len(weight), token_rows(tokenizer))
+        self.weight, self.bias = _cut(weight, bias, self.rows)
         self.features = {item.id: item for item in features}
-        self.snapshot = snapshot
+        self.snapshot = None if snapshot is None else _cut(*snapshot, self.rows)
+        self.model = model
 
     def logits(self, hidden: Float[Tensor, "tokens hidden"]) -> Float[Tensor, "tokens vocab"]:
         return heads.logits(hidden.float(), self.weight, self.bias)
@@ -98,31 +117,46 @@ class TeacherHead:
                 f"there are {len(rows)} positions to pair, but `pairs` asks for {count}"
             )
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
-        hidden = rows[order[:count].to(rows.device)].to(self.weight.device)
-        weight, bias = self.snapshot
-        return heads.logits(hidden.float(), weight.float(), bias), self.logits(hidden)
+        hidden = rows[order[:count].to(rows.device)].to(self.weight.device).float()
+        return heads.logits(hidden, *self.snapshot), self.logits(hidden)
+
+
+def _cut(weight: Tensor, bias: Tensor | None, rows: int) -> tuple[Tensor, Tensor | None]:
+    return weight.detach().float()[:rows], None if bias is None else bias.detach().float()[:rows]
 
 
 @dataclass(frozen=True)
 class Lesson:
     """A text as the student reads it, and the teacher's hidden states where both can be compared.
 
-    `at` counts the student's completion tokens; `hidden` has one row for each of them.
+    `at` counts the student's completion tokens; `hidden` and `begun` have one row for each of
+    them: pieces of the teacher's token that are written already, -1 after the last.
     """
 
     example: Example
     at: Int[Tensor, " positions"]
     hidden: Float[Tensor, "positions hidden"]
+    begun: Int[Tensor, "positions depth"]
 
     @property
     def id(self) -> str:
         return self.example.id
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """What the teacher is asked in a batch, one row a position."""
+
+    hidden: Tensor
+    begun: Tensor
+    share: Tensor
+    """Tokens of its text that a position stands for."""
+
+
 class LogitAttack(Attack):
     """Distillation by the divergences that a subclass names.
 
-    With several divergences the largest of their sums over the batch is taken.
+    With several divergences the largest of their sums over the (micro-)batch is taken.
     """
 
     needs = "logits"
@@ -131,7 +165,7 @@ class LogitAttack(Attack):
         super().__init__(config)
         self.budget = budget
         self.teacher: TeacherHead | None = None
-        self.pieces: Tensor | None = None
+        self.table: Tensor | None = None
         self.inversion: Inversion | None = None
 
     def divergences(self) -> tuple[Divergence, ...]:
@@ -141,18 +175,19 @@ class LogitAttack(Attack):
         """Prepare to ask this teacher on behalf of this student.
 
         Raises:
-            ValueError: if the view asks for more tokens than there are, or an inversion is asked
-                for without pairs or without full logits.
+            ValueError: if the view asks for more tokens than there are, an inversion is asked for
+                without pairs or without full logits, or the vocabularies have nothing in common.
         """
         self.teacher = teacher
-        vocab = len(teacher.weight)
         top_k = self.config.view.top_k
-        if top_k is not None and top_k > vocab:
-            raise ValueError(f"view.top_k {top_k} is larger than the vocabulary, {vocab} tokens")
-        self.pieces = None
+        if top_k is not None and top_k > teacher.rows:
+            raise ValueError(
+                f"view.top_k {top_k} is larger than the vocabulary, {teacher.rows} tokens"
+            )
+        self.table = None
         if not same_vocabulary(student.tokenizer, teacher.tokenizer):
-            pieces = first_pieces(teacher.tokenizer, student.tokenizer, vocab)
-            self.pieces = pieces.to(student.device)
+            table = spellings(teacher.tokenizer, student.tokenizer, teacher.rows)
+            self.table = table.to(student.device)
         self.inversion = None
         if self.config.pairs:
             if top_k is not None:
@@ -166,32 +201,55 @@ class LogitAttack(Attack):
         """Texts as lessons of this student; `attach` comes first.
 
         Raises:
-            ValueError: if a text is longer than the student's context, or was not scored.
+            ValueError: if a text is longer than the student's context, or the teacher was asked
+                about another text or none.
         """
         if self.teacher is None:
             raise ValueError(f"{self.config.name} learns from a teacher's logits; attach one first")
-        return [self._lesson(student, trace, task, boundary) for trace in traces]
+        found = [read_as(student, trace, task, boundary, self.config) for trace in traces]
+        return [self._lesson(student, *pair) for pair in zip(found, traces, strict=True)]
 
-    def _lesson(self, student: Loaded, trace: Trace, task: Task, boundary: Boundary) -> Lesson:
-        example = encode(
-            student.tokenizer,
-            task.messages(trace.question),
-            trace.text,
-            boundary=boundary,
-            max_length=self.config.max_length,
-            finished=trace.finished,
-            id=trace.id,
-        )
+    def _lesson(self, student: Loaded, example: Example, trace: Trace) -> Lesson:
         assert self.teacher is not None
         scored = self.teacher.features.get(trace.id)
         if scored is None:
             raise ValueError(f"the teacher was not asked about trace {trace.id}")
-        count = len(example.completion)
-        if self.pieces is None and len(scored.hidden) == count:
-            return Lesson(example, torch.arange(count), scored.hidden)
-        tokenizers = student.tokenizer, self.teacher.tokenizer
-        ours, theirs = common_starts(trace.text, *tokenizers, finished=trace.finished)
-        return Lesson(example, torch.tensor(ours), scored.hidden[theirs])
+        written = scored.targets.tolist()
+        if self.table is None and written == list(example.completion):
+            nothing = torch.zeros(len(written), 0, dtype=torch.long)
+            return Lesson(example, torch.arange(len(written)), scored.hidden, nothing)
+        met = self._meetings(student, trace, written)
+        width = max([1, *(len(item.begun) for item in met)])
+        begun = torch.full((len(met), width), -1, dtype=torch.long)
+        for row, item in enumerate(met):
+            begun[row, : len(item.begun)] = torch.tensor(item.begun, dtype=torch.long)
+        at = torch.tensor([item.ours for item in met], dtype=torch.long)
+        return Lesson(example, at, scored.hidden[[item.theirs for item in met]], begun)
+
+    def _meetings(self, student: Loaded, trace: Trace, written: list[int]) -> list[Meeting]:
+        assert self.teacher is not None
+        tokenizer, table = self.teacher.tokenizer, self.table
+        if table is None:
+            # Tokens of one vocabulary are not made of one another's.
+            table = torch.zeros(self.teacher.rows, 0, dtype=torch.long)
+        stops = trace.finished and written[-1:] == [tokenizer.eos_token_id]
+        try:
+            met = meetings(
+                trace.text,
+                student.tokenizer,
+                tokenizer,
+                table,
+                finished=stops,
+                written=written[:-1] if stops else written,
+            )
+        except ValueError as error:
+            raise ValueError(
+                f"the teacher was asked about another text than that of trace {trace.id}; a "
+                "clean-up that rewrites text does not go together with logits of the old one"
+            ) from error
+        # Of tokens that an API does not show, nobody can say with which piece they go on.
+        whole = self.config.view.top_k in (None, self.teacher.rows)
+        return [item for item in met if whole or not item.begun]
 
     def loss(self, student: Loaded, items: list[Any]) -> TokenSum:
         """The mixed loss of some lessons, summed over the student's tokens."""
@@ -199,46 +257,22 @@ class LogitAttack(Attack):
         batch = collate([item.example for item in items], pad).to(student.device)
         hidden = heads.hidden_states(student.model, batch)
         head = student.model.get_output_embeddings()
-        rows, asked = _places(items)
-        sft, kd = self._sums(
-            hidden,
-            head.weight,  # type: ignore[union-attr, arg-type]
-            head.bias,  # type: ignore[union-attr, arg-type]
-            batch.targets[batch.mask],
-            rows.to(student.device),
-            asked.to(student.device),
-        )
-        weight, tokens, positions = self.config.kd_weight, len(hidden), max(len(asked), 1)
-        total = (1 - weight) * sft
-        if weight:
-            # Each term is a mean over its own positions; `fit` divides by tokens.
-            scale = weight * self.config.temperature**2 * tokens / positions
-            total = total + scale * kd.max()
-        return TokenSum(total, tokens)
-
-    def _sums(
-        self,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        targets: Tensor,
-        rows: Tensor,
-        asked: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        """Summed cross-entropy, and the summed divergences, chunk by chunk."""
+        row, asked = _places(items, student.device)
+        weight, bias = head.weight, head.bias  # type: ignore[union-attr]
 
         def part(states: Tensor, labels: Tensor, row: Tensor) -> Tensor:
-            return self._part(states, weight, bias, labels, row, asked)
+            return self._part(states, weight, bias, labels, row, asked)  # type: ignore[arg-type]
 
-        parts = list(heads.chunks(len(targets), len(weight), self.budget))
-        if len(parts) == 1:
-            sums = part(hidden, targets, rows)
-            return sums[0], sums[1:]
-        sums = hidden.new_zeros(1 + len(self.divergences()), dtype=torch.float32)
-        for piece in parts:
-            arguments = hidden[piece], targets[piece], rows[piece]
-            sums = sums + checkpoint(part, *arguments, use_reentrant=False)
-        return sums[0], sums[1:]
+        targets = batch.targets[batch.mask]
+        sums = by_chunks(part, (hidden, targets, row), self._widest(weight), self.budget)
+        share = self.config.kd_weight
+        total = (1 - share) * sums[0]
+        if share:
+            total = total + share * self.config.temperature**2 * sums[1:].max()
+        return TokenSum(total, len(hidden))
+
+    def _widest(self, weight: Tensor) -> int:
+        return max(len(weight), 0 if self.teacher is None else self.teacher.rows)
 
     def _part(
         self,
@@ -247,45 +281,52 @@ class LogitAttack(Attack):
         bias: Tensor | None,
         labels: Tensor,
         row: Tensor,
-        asked: Tensor,
+        asked: _Asked,
     ) -> Tensor:
+        """Summed cross-entropy of some tokens, and each divergence's weighted sum."""
         logits = heads.logits(states, weight, bias)
         sft = F.cross_entropy(logits, labels, reduction="sum")
-        compared = row >= 0
-        if not self.config.kd_weight or not bool(compared.any()):
-            return torch.stack([sft, *(sft.new_zeros(()) for _ in self.divergences())])
-        events = self._events(asked[row[compared]])
-        ours = logits[compared]
-        keep = None
-        if self.config.agreement:
-            keep = self._agrees(states[compared].detach(), weight, bias, labels[compared], events)
-        found = []
-        for divergence in self.divergences():
-            value = self._compare(divergence, ours, events)
-            found.append((value if keep is None else value * keep).sum())
-        return torch.stack([sft, *found])
+        kd = [sft.new_zeros(()) for _ in self.divergences()]
+        compared = (row >= 0).nonzero()[:, 0] if self.config.kd_weight else row[:0]
+        for chosen, events in self._events(asked, row[compared]):
+            at = compared[chosen]
+            share = asked.share[row[at]]
+            if self.config.agreement:
+                share = share * self._agrees(states[at].detach(), weight, bias, labels[at], events)
+            for number, value in enumerate(self._compare(logits[at], events)):
+                kd[number] = kd[number] + (value * share).sum()
+        return torch.stack([sft, *kd])
 
     @torch.no_grad()
-    def _events(self, hidden: Tensor) -> Events:
-        """What the thief makes of the teacher's answers at some positions."""
+    def _events(self, asked: _Asked, rows: Tensor) -> Iterator[tuple[Tensor, Events]]:
+        """What the thief makes of the teacher's answers: indices into `rows`, and their events."""
+        if not len(rows):
+            return
         assert self.teacher is not None
-        events = observe(self.teacher.logits(hidden), self.config.view)
+        events = observe(self.teacher.logits(asked.hidden[rows]), self.config.view)
         if self.inversion is not None:
             events = Events(self.inversion.undo(events.log_p))
-        return events if self.pieces is None else merged(events, self.pieces)
+        if self.table is None:
+            yield torch.arange(len(rows), device=rows.device), events
+            return
+        kinds, kind = asked.begun[rows].unique(dim=0, return_inverse=True)
+        for number, begun in enumerate(kinds):
+            chosen = (kind == number).nonzero()[:, 0]
+            tokens = None if events.tokens is None else events.tokens[chosen]
+            pieces = next_pieces(self.table, begun[begun >= 0])
+            yield chosen, merged(Events(events.log_p[chosen], tokens), *pieces)
 
-    def _compare(self, divergence: Divergence, logits: Tensor, events: Events) -> Tensor:
-        log_q = as_events(logits, events)
+    def _compare(self, logits: Tensor, events: Events) -> list[Tensor]:
+        assert self.teacher is not None
+        if self.table is None:
+            logits = logits[:, : self.teacher.rows]
         temperature = self.config.temperature
-        return divergence(temper(events.log_p, temperature), temper(log_q, temperature))
+        log_q = temper(as_events(logits, events), temperature)
+        log_p = temper(events.log_p, temperature)
+        return [divergence(log_p, log_q) for divergence in self.divergences()]
 
     def _agrees(
-        self,
-        states: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        labels: Tensor,
-        events: Events,
+        self, states: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, events: Events
     ) -> Float[Tensor, " positions"]:
         """1 where descending the divergence also descends cross-entropy, and 0 elsewhere.
 
@@ -293,22 +334,59 @@ class LogitAttack(Attack):
         """
         with torch.enable_grad():
             states = states.requires_grad_(True)
-            logits = heads.logits(states, weight.detach(), None if bias is None else bias.detach())
-            terms: list[Callable[[], Tensor]] = [
-                lambda: F.cross_entropy(logits, labels, reduction="sum"),
-                lambda: sum(self._compare(d, logits, events).sum() for d in self.divergences()),  # type: ignore[return-value]
-            ]
-            sft, kd = (torch.autograd.grad(t(), states, retain_graph=True)[0] for t in terms)
-        return ((sft * kd).sum(-1) >= 0).float()
+            fixed = weight.detach(), None if bias is None else bias.detach()
+            logits = heads.logits(states, *fixed)
+            sft = F.cross_entropy(logits, labels, reduction="sum")
+            kd = torch.stack(self._compare(logits, events)).sum()
+            one, other = (torch.autograd.grad(x, states, retain_graph=True)[0] for x in (sft, kd))
+        return ((one * other).sum(-1) >= 0).float()
 
 
-def _places(items: Sequence[Lesson]) -> tuple[Int[Tensor, " tokens"], Tensor]:
-    """For each of the batch's tokens its row among the teacher's hidden states, or -1."""
+def read_as(
+    student: Loaded, trace: Trace, task: Task, boundary: Boundary, config: AttackConfig
+) -> Example:
+    """A trace's text through the student's tokenizer."""
+    return encode(
+        student.tokenizer,
+        task.messages(trace.question),
+        trace.text,
+        boundary=boundary,
+        max_length=config.max_length,
+        finished=trace.finished,
+        id=trace.id,
+    )
+
+
+def by_chunks(
+    part: Callable[..., Tensor], arguments: tuple[Tensor, ...], width: int, budget: int
+) -> Tensor:
+    """The sum of `part` over chunks of tokens, whose logits are computed again going backwards."""
+    pieces = list(heads.chunks(len(arguments[0]), width, budget))
+    if len(pieces) == 1:
+        return part(*arguments)
+    sums = (
+        checkpoint(part, *(value[piece] for value in arguments), use_reentrant=False)
+        for piece in pieces
+    )
+    return torch.stack(list(sums)).sum(0)
+
+
+def _places(items: Sequence[Lesson], device: torch.device) -> tuple[Tensor, _Asked]:
+    """For each of the batch's tokens its row among what the teacher is asked, or -1."""
     rows: list[Tensor] = []
-    done = 0
+    done, width = 0, max(item.begun.shape[1] for item in items)
+    shares: list[Tensor] = []
     for item in items:
-        row = torch.full((len(item.example.completion),), -1, dtype=torch.long)
-        row[item.at] = torch.arange(done, done + len(item.at))
-        done += len(item.at)
+        tokens, count = len(item.example.completion), len(item.at)
+        row = torch.full((tokens,), -1, dtype=torch.long)
+        row[item.at] = torch.arange(done, done + count)
         rows.append(row)
-    return torch.cat(rows), torch.cat([item.hidden for item in items])
+        done += count
+        shares.append(torch.full((count,), tokens / max(count, 1)))
+    begun = [F.pad(item.begun, (0, width - item.begun.shape[1]), value=-1) for item in items]
+    asked = _Asked(
+        torch.cat([item.hidden for item in items]).to(device),
+        torch.cat(begun).to(device),
+        torch.cat(shares).to(device),
+    )
+    return torch.cat(rows).to(device), asked

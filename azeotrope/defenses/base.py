@@ -78,6 +78,8 @@ class Defense:
     layer: str | None = None
     """The layer of the proxies whose gradients the loss needs: it is then given `Surrogate`s, and
     features that enter that layer. None asks for `ProxyHead`s and last hidden states."""
+    needs_truth: bool = False
+    """The loss looks at ground-truth texts; without any it would do nothing."""
 
     def __init__(self, config: Any) -> None:
         self.config = config

@@ -94,10 +94,8 @@ class LowRankHead(Head):
         hidden = base.weight.shape[1]
         self.rows = rows
         self.on_logits = config.parametrisation == "logits"
-        for name, head in (("base", base), ("clean", clean)):
-            self.register_buffer(f"{name}_weight", head.weight.detach())
-            bias = None if head.bias is None else head.bias.detach()
-            self.register_buffer(f"{name}_bias", bias)
+        self.base_weight, self.base_bias = _frozen(base)
+        self.clean_weight, self.clean_bias = _frozen(clean)
         width = self.rows if self.on_logits else hidden
         generator = torch.Generator().manual_seed(config.seed)
         down = torch.randn(config.rank, width, generator=generator)
@@ -128,6 +126,11 @@ class LowRankHead(Head):
         return Head(weight, self.base_bias)
 
 
+def _frozen(head: Head) -> tuple[nn.Buffer, nn.Buffer | None]:
+    bias = None if head.bias is None else nn.Buffer(head.bias.detach())
+    return nn.Buffer(head.weight.detach()), bias
+
+
 class _Texts(NamedTuple):
     """What one surrogate reads of a batch, and the teacher's states at the same tokens."""
 
@@ -149,6 +152,7 @@ class Cmi(Defense):
         self.budget = budget
         self.strength = config.strength
         self.layer = config.layer
+        self.needs_truth = "truth" in (config.utility_on, config.cosine_on)
         self.divergence = divergences.by_name(config.divergence, **config.parameters)
         linear = config.divergence == "forward_kl"
         if config.method == "closed_form" and not linear:
@@ -208,7 +212,7 @@ class Cmi(Defense):
             value = scale * F.cross_entropy(logits, batch.targets[part], reduction="sum")
             if value.requires_grad:
                 value.backward()
-            total += float(value)
+            total += float(value.detach())
         return total
 
     def _turn(
@@ -223,8 +227,8 @@ class Cmi(Defense):
             if not math.isfinite(found[-1]):
                 raise NonFiniteLossError(
                     f"the cosine between the surrogate's gradients is {found[-1]} on "
-                    f"{', '.join(texts.ids)}: a gradient vanished or overflowed; lower the learning "
-                    "rate or the strength, or choose another layer"
+                    f"{', '.join(texts.ids)}: a gradient vanished or overflowed; lower the "
+                    "learning rate or the strength, or choose another layer"
                 )
         return sum(found) / len(found)
 
@@ -247,11 +251,10 @@ class Cmi(Defense):
         with torch.enable_grad():
             states = surrogate.hidden(tensors, texts.inputs, texts.rows, texts.counts)
         clean, defended = self._gradients(head, surrogate, tensors, states, texts)
-        norm, other = _norm(clean), _norm(defended)
-        cosine = sum(float((clean[name] * defended[name]).sum()) for name in clean)
-        cosine /= max(norm * other, torch.finfo(torch.float32).tiny)
+        norm, other = (math.sqrt(_dot(value, value)) for value in (clean, defended))
         if norm * other == 0:
             return math.nan
+        cosine = _dot(clean, defended) / (norm * other)
         if not scale or not math.isfinite(cosine):
             return cosine
         # v = d cos / d g'
@@ -326,18 +329,23 @@ class Cmi(Defense):
                 )
                 for index, log_p in enumerate((clean, defended))
             ]
-            flat = [torch.cat([value.flatten() for value in values]) for values in gradients]
-            if any(float(value.detach().norm()) == 0 for value in flat):
+            # Near a cosine of 1 its gradient is what is left of two large terms: summed in float64.
+            clean, defended = (
+                torch.cat([value.flatten() for value in values]).double() for values in gradients
+            )
+            norms = clean.norm() * defended.norm()
+            if float(norms.detach()) == 0:
                 return math.nan
-            cosine = (flat[0].detach() * flat[1]).sum() / (flat[0].norm().detach() * flat[1].norm())
-        if scale and math.isfinite(float(cosine)):
+            cosine = (clean * defended).sum() / norms
+        found = float(cosine.detach())
+        if scale and math.isfinite(found):
             wanted = [p for p in head.parameters() if p.requires_grad]
             for parameter, gradient in zip(
                 wanted, torch.autograd.grad(scale * cosine, wanted), strict=True
             ):
                 previous = 0.0 if parameter.grad is None else parameter.grad
                 parameter.grad = previous + gradient
-        return float(cosine)
+        return found
 
     def _log_softmax(self, logits: Tensor) -> Tensor:
         return (logits / self.config.temperature).log_softmax(-1)
@@ -347,8 +355,9 @@ def _choose(batch: FeatureBatch, contexts: Contexts) -> FeatureBatch:
     return batch if contexts == "both" else batch.only(own=contexts == "own")
 
 
-def _norm(gradient: dict[str, Tensor]) -> float:
-    return math.sqrt(sum(float(value.double().square().sum()) for value in gradient.values()))
+def _dot(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+    rows = [torch.linalg.vecdot(value, other[name]) for name, value in one.items()]
+    return float(torch.cat([row.flatten() for row in rows]).double().sum())
 
 
 def build(config: Config) -> Any:

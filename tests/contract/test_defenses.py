@@ -12,6 +12,7 @@ from typing import get_args
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from azeotrope import tasks
 from azeotrope.attacks import base as attacks
@@ -20,7 +21,8 @@ from azeotrope.defenses import base as defenses
 from azeotrope.defenses.base import Defense, Head, ProxyHead, Stage
 from azeotrope.features import FeatureBatch, FeaturePair, Features, join
 from azeotrope.head_training import HeadTraining, train_head
-from azeotrope.models import Loaded, load
+from azeotrope.models import Loaded, load, load_tokenizer
+from azeotrope.surrogate import Surrogate
 from azeotrope.tokens import Boundary
 from azeotrope.traces import ground_truth
 from azeotrope.vocabulary import SharedVocabulary
@@ -45,19 +47,46 @@ def drawn(seed: int, *shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def head_and_data() -> tuple[Head, tuple[ProxyHead, ...], list[FeaturePair]]:
-    vocab = 6
-    ids = torch.arange(vocab)
-    proxy = ProxyHead(drawn(2, vocab, 3), None, SharedVocabulary(ids, ids, ids))
+VOCAB, HIDDEN, PROXY_HIDDEN, PROMPT = 6, 32, 8, 2
+
+
+def proxy_of(defense: Defense) -> ProxyHead | Surrogate:
+    """A proxy's head; or its last layers, for a defense that wants a layer's gradients."""
+    if defense.layer is None:
+        ids = torch.arange(VOCAB)
+        return ProxyHead(drawn(2, VOCAB, PROXY_HIDDEN), None, SharedVocabulary(ids, ids, ids))
+    torch.manual_seed(2)
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=PROXY_HIDDEN,
+        intermediate_size=12,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        initializer_range=0.5,
+        pad_token_id=0,
+    )
+    student = Loaded(LlamaForCausalLM(config).eval(), load_tokenizer("pocket/teacher"))
+    return Surrogate(student, defense.layer, VOCAB)
+
+
+def head_and_data(
+    defense: Defense,
+) -> tuple[Head, tuple[ProxyHead | Surrogate, ...], list[FeaturePair]]:
+    """What is trained in this defense's stage, on four random texts; two are the teacher's own.
+
+    What enters a layer of a proxy is stored for the prompt too.
+    """
+    extra = 0 if defense.layer is None else PROMPT - 1
     pairs = []
     for index in range(4):
-        tokens = 5 + index
+        tokens, own = 5 + index, index % 2 == 0
         reasoning = torch.arange(tokens) < 3
-        targets = torch.arange(tokens) % vocab
-        ours = Features(f"t{index}", targets, reasoning, ~reasoning, drawn(10 + index, tokens, 4))
-        theirs = Features(f"t{index}", targets, reasoning, ~reasoning, drawn(30 + index, tokens, 3))
+        shown = f"t{index}", torch.arange(tokens) % VOCAB, reasoning, ~reasoning
+        ours = Features(*shown, drawn(10 + index, tokens, HIDDEN), own)
+        theirs = Features(*shown, drawn(30 + index, tokens + extra, PROXY_HIDDEN), own)
         pairs.append(FeaturePair(ours, (theirs,)))
-    return Head(drawn(1, vocab, 4)), (proxy,), pairs
+    plain = Head(drawn(1, VOCAB, HIDDEN))
+    return defense.parametrise(plain, plain, VOCAB), (proxy_of(defense),), pairs
 
 
 def copies_are_equal(config: Config) -> None:
@@ -99,10 +128,10 @@ def test_strength_zero_is_the_identity(name: str) -> None:
     assert defense.rewrite(TEXT, BOUNDARY) == TEXT
     logits = drawn(5, 3, 7)
     assert torch.equal(defense.adjust_logits(logits.clone(), [[1], [], [2, 3]]), logits)
-    head, proxies, data = head_and_data()
-    before = head.weight.detach().clone()
+    head, proxies, data = head_and_data(defense)
+    before = head.folded().weight.detach().clone()
     train_head(head, proxies, data, defense, HeadTraining(floor=None))
-    assert torch.equal(head.weight, before)
+    assert torch.equal(head.folded().weight, before)
 
 
 @pytest.mark.parametrize("name", defenses.names())
@@ -117,7 +146,7 @@ def test_a_defense_acts_in_its_stage_and_only_there(name: str) -> None:
     if defense.stage != "decoding":
         assert torch.equal(adjusted, logits)
     assert (rewritten != TEXT) == (defense.stage == "text")
-    head, proxies, data = head_and_data()
+    head, proxies, data = head_and_data(defense)
     batch: FeatureBatch = join(data)
     if defense.stage != "weights":
         with pytest.raises(TypeError, match="has no training loss"):
@@ -126,13 +155,19 @@ def test_a_defense_acts_in_its_stage_and_only_there(name: str) -> None:
     found = defense.loss(head, proxies, batch)
     assert found.count == len(batch.targets)
     assert found.total.isfinite()
-    before = head.weight.detach().clone()
+    assert all(isinstance(value, float) for value in found.parts.values())
+    scored = defense.score(head, proxies, batch)
+    assert scored is None or isinstance(scored, float)
+    # Whatever is trained in its place, what is exported is a plain head of the same shape.
+    before = head.folded().weight.detach().clone()
     training = HeadTraining.model_validate({"fit": {"steps": 2, "batch_size": 2}, "floor": None})
     train_head(head, proxies, data, defense, training)
-    assert head.weight.shape == before.shape
-    assert head.weight.dtype == torch.float32
-    assert head.weight.isfinite().all()
-    assert not torch.equal(head.weight, before)
+    after = head.folded()
+    assert type(after) is Head
+    assert after.weight.shape == before.shape
+    assert after.weight.dtype == torch.float32
+    assert after.weight.isfinite().all()
+    assert not torch.equal(after.weight, before)
 
 
 @pytest.mark.parametrize("name", defenses.names())

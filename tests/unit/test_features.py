@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from azeotrope import heads, models, tasks
 from azeotrope.collect import collect
@@ -12,6 +13,7 @@ from azeotrope.defenses.doge import Config, Doge
 from azeotrope.export import head_from, proxy_head_from
 from azeotrope.features import (
     FeatureBatch,
+    FeaturePair,
     Features,
     compute,
     join,
@@ -174,3 +176,59 @@ def test_features_of_other_traces_do_not_pair(other: Features) -> None:
 def test_an_empty_folder_is_not_taken_for_no_features(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="expected Parquet files"):
         read_features(tmp_path)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("block", [0, 2, 3, 4, 9])
+def test_what_enters_a_block_is_stored_for_every_token(
+    teacher: models.Loaded, examples: list[Example], block: int
+) -> None:
+    chosen = examples[:5]
+    batch = collate(chosen, pad_id=0)
+    run = teacher.model(input_ids=batch.input_ids, output_hidden_states=True)
+    # With the number of all blocks, or more, what leaves the trunk.
+    expected = run.hidden_states[min(block, 4)]
+    found = compute(teacher.model, chosen, before_block=block, batch_size=2)
+    for row, (item, example) in enumerate(zip(found, chosen, strict=True)):
+        assert item.hidden.shape[0] == len(example) - 1
+        torch.testing.assert_close(item.hidden, expected[row, : len(example) - 1])
+        assert item.targets.tolist() == list(example.completion)
+    assert not teacher.model.base_model.layers[0]._forward_pre_hooks
+
+
+def test_a_trunk_without_a_list_of_blocks_is_refused(examples: list[Example]) -> None:
+    config = GPT2Config(
+        n_layer=1, n_head=1, n_embd=8, vocab_size=129, bos_token_id=1, eos_token_id=2
+    )
+    with pytest.raises(ValueError, match="GPT2LMHeadModel has no list `layers` of blocks"):
+        compute(GPT2LMHeadModel(config), examples[:1], before_block=0)
+
+
+def test_whose_texts_they_are_is_stored(examples: list[Example], tmp_path: Path) -> None:
+    model = models.load("pocket/proxy-a", device="cpu").model
+    found = [*compute(model, examples[:2]), *compute(model, examples[2:3], own=False)]
+    write_features(tmp_path / "features.parquet", found)
+    assert [item.own for item in read_features(tmp_path)] == [True, True, False]
+
+
+def test_a_batch_is_split_by_whose_texts_they_are() -> None:
+    pairs = []
+    for number, own in enumerate([True, False, False, True]):
+        ours = replace(simple(str(number), number + 1), own=own)
+        # A proxy has a row for each token of the prompt too.
+        rows = torch.full((number + 3, 4), float(number))
+        pairs.append(FeaturePair(ours, (replace(ours, hidden=rows),)))
+    batch = join(pairs)
+    assert batch.counts == (1, 2, 3, 4)
+    assert batch.rows == ((3, 4, 5, 6),)
+    theirs = batch.only(own=False)
+    assert (theirs.ids, theirs.counts, theirs.rows) == (("1", "2"), (2, 3), ((4, 5),))
+    assert theirs.targets.tolist() == [0, 1, 0, 1, 2]
+    assert theirs.teacher.shape == (5, 2)
+    assert theirs.proxies[0][:, 0].tolist() == [1.0] * 4 + [2.0] * 5
+    ours = batch.only(own=True)
+    assert (ours.ids, ours.own) == (("0", "3"), (True, True))
+    nothing = ours.only(own=False)
+    assert (nothing.ids, len(nothing.targets), nothing.proxies[0].shape) == ((), 0, (0, 4))
+    moved = batch.to("cpu")
+    assert (moved.counts, moved.rows, moved.own) == (batch.counts, batch.rows, batch.own)

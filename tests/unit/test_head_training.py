@@ -221,3 +221,172 @@ def test_naming_one_setting_of_the_fit_keeps_the_others_of_a_head() -> None:
     plain = HeadTraining()
     changed = HeadTraining.model_validate({"fit": {"learning_rate": 1e-3}})
     assert changed.fit == plain.fit.model_copy(update={"learning_rate": 1e-3})
+
+
+# Texts held out, and scores
+
+
+class Watched(Pull):
+    """Notes what it is trained on and what it is scored on; scores are as scripted."""
+
+    def __init__(self, scores: Iterable[float | None] = ()) -> None:
+        super().__init__(DefenseConfig(name="watched", strength=0.5))
+        self.scores = iter(scores)
+        self.trained: set[str] = set()
+        self.scored: list[tuple[str, ...]] = []
+
+    def loss(self, head: Head, proxies: tuple[ProxyHead, ...], batch: FeatureBatch) -> TokenSum:
+        self.trained.update(batch.ids)
+        total, count, _ = super().loss(head, proxies, batch)
+        return TokenSum(total, count, {"pull": float(total.detach()) / count})
+
+    def score(
+        self, head: Head, proxies: tuple[ProxyHead, ...], batch: FeatureBatch
+    ) -> float | None:
+        self.scored.append(batch.ids)
+        return next(self.scores, None)
+
+
+def texts(own: int, truth: int) -> list[FeaturePair]:
+    """So many of the teacher's own texts and of the ground truth, in turn."""
+    generator = torch.Generator().manual_seed(2)
+    found = []
+    for number in range(max(own, truth)):
+        for kind, count in (("own", own), ("truth", truth)):
+            if number < count:
+                flags = torch.ones(3, dtype=torch.bool)
+                hidden = torch.randn(3, 3, generator=generator)
+                name = f"{kind}-{number}"
+                features = Features(name, torch.arange(3), flags, flags, hidden, kind == "own")
+                found.append(FeaturePair(features, ()))
+    return found
+
+
+def watched_search(
+    defense: Watched,
+    pairs: list[FeaturePair],
+    utilities: Iterable[Utility | Exception],
+    *,
+    held_out: int = 64,
+    head: Head | None = None,
+    measure: Callable[[Head], Utility] | None = None,
+    **more: object,
+) -> HeadResult:
+    found = list(utilities)
+    config = training(len(found)).model_copy(update={"held_out": held_out})
+    return train_head(
+        head or new_head(), (), pairs, defense, config,
+        measure=measure or scripted(found), clean=CLEAN, **more,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("own", "truth", "held_out", "kept"),
+    [
+        (3, 6, 2, ["truth-4", "truth-5"]),
+        (3, 6, 3, ["truth-3", "truth-4", "truth-5"]),
+        # Never more than half of the ground truth.
+        (3, 6, 64, ["truth-3", "truth-4", "truth-5"]),
+        (3, 5, 64, ["truth-3", "truth-4"]),
+        (0, 4, 1, ["truth-3"]),
+        # One text cannot be both learned from and kept.
+        (3, 1, 64, []),
+        (3, 0, 64, []),
+    ],
+)
+def test_the_last_of_the_ground_truth_are_kept_from_training(
+    own: int, truth: int, held_out: int, kept: list[str]
+) -> None:
+    defense = Watched([0.5] * 2)
+    pairs = texts(own, truth)
+    watched_search(defense, pairs, [GOOD, GOOD], held_out=held_out)
+    everything = {pair.teacher.id for pair in pairs}
+    assert defense.trained == everything - set(kept)
+    # Own texts are scored too, for defenses that look at those; they are learned from.
+    mine = [f"own-{number}" for number in range(own)][-held_out:]
+    assert defense.scored == [(*kept, *mine)] * 2
+
+
+def test_without_a_floor_nothing_is_held_out_and_nothing_scored() -> None:
+    defense, pairs = Watched([0.5]), texts(2, 4)
+    train_head(new_head(), (), pairs, defense, training().model_copy(update={"floor": None}))
+    assert defense.trained == {pair.teacher.id for pair in pairs}
+    assert defense.scored == []
+
+
+@pytest.mark.parametrize(
+    ("utilities", "scores", "chosen"),
+    [
+        ([GOOD, GOOD, GOOD], [0.9, 0.5, 0.7], 1),
+        ([GOOD, GOOD, GOOD], [0.5, 0.9, 0.7], 0),
+        ([GOOD, GOOD, GOOD], [0.9, 0.7, 0.5], 2),
+        # The lowest score of all, but a teacher that is of no use.
+        ([GOOD, BAD, GOOD], [0.9, 0.1, 0.7], 2),
+        ([BAD, GOOD, BAD], [0.1, 0.9, 0.1], 1),
+        # Equal is no better.
+        ([GOOD, GOOD], [0.5, 0.5], 0),
+    ],
+)
+def test_of_the_rounds_that_keep_the_floor_the_lowest_score_is_chosen(
+    utilities: list[Utility], scores: list[float], chosen: int
+) -> None:
+    seen: list[Tensor] = []
+    script = iter(utilities)
+
+    def measure(head: Head) -> Utility:
+        seen.append(head.weight.detach().clone())
+        return next(script)
+
+    head = new_head()
+    result = watched_search(Watched(scores), texts(2, 4), utilities, head=head, measure=measure)
+    assert [item.score for item in result.rounds] == scores
+    assert [item.accepted for item in result.rounds] == [item is GOOD for item in utilities]
+    assert torch.equal(head.weight, seen[chosen])
+    assert result.strength == result.rounds[chosen].strength
+    assert not any(torch.equal(seen[chosen], seen[i]) for i in range(len(seen)) if i != chosen)
+
+
+def test_a_useful_round_raises_the_strength_whatever_its_score() -> None:
+    result = watched_search(Watched([0.2, 0.9, 0.8, 0.1]), texts(2, 4), [GOOD, GOOD, BAD, GOOD])
+    assert [item.strength for item in result.rounds] == [0.5, 1.0, 2.0, 0.5]
+    assert result.strength == 0.5
+
+
+def test_without_scores_the_last_useful_round_is_chosen() -> None:
+    result = watched_search(Watched([None] * 3), texts(2, 4), [GOOD, GOOD, BAD])
+    assert [item.score for item in result.rounds] == [None] * 3
+    assert result.strength == 1.0
+
+
+@pytest.mark.parametrize("at", range(4))
+def test_a_killed_search_remembers_the_best_score(at: int, tmp_path: Path) -> None:
+    utilities, scores = [GOOD, GOOD, BAD, GOOD], [0.5, 0.9, 0.1, 0.6]
+    straight = new_head()
+    pairs = texts(2, 4)
+    expected = watched_search(Watched(scores), pairs, utilities, head=straight)
+    assert expected.strength == 0.5, "none of the later rounds is better than the first"
+
+    def die(this: Round) -> None:
+        if this.number == at:
+            raise Killed
+
+    with pytest.raises(Killed):
+        watched_search(Watched(scores), pairs, utilities, folder=tmp_path, on_round=die)
+    resumed = new_head(99)
+    script = scripted(utilities[at + 1 :])
+    found = watched_search(
+        Watched(scores[at + 1 :]), pairs, utilities, head=resumed, measure=script, folder=tmp_path
+    )
+    assert found == expected
+    assert [item.score for item in found.rounds] == scores
+    assert all(entry.parts.keys() == {"pull"} for entry in found.log)
+    assert torch.equal(resumed.weight, straight.weight)
+
+
+def test_a_floor_that_no_pass_is_held_to_is_refused() -> None:
+    late = {"refreshes": 1, "floor": {"from_pass": 2}}
+    with pytest.raises(ValueError, match=r"from_pass 2 is no pass of 2 .* would never be held"):
+        HeadTraining.model_validate(late)
+    last = HeadTraining.model_validate({"refreshes": 2, "floor": {"from_pass": 2}})
+    assert last.floor is not None
+    assert last.floor.from_pass == 2

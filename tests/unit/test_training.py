@@ -313,3 +313,66 @@ def test_no_warmup_starts_at_the_full_rate_and_the_log_tells_it() -> None:
         pytest.approx(0.05 * (1 - step / STEPS)) for step in range(STEPS)
     ]
     assert [entry.step for entry in log] == list(range(1, STEPS + 1))
+
+
+def with_parts(parameter: nn.Parameter) -> Callable[[list[Sample]], TokenSum]:
+    """The loss with two of its terms: one of every sample, and one of samples of two tokens."""
+    inner = squares(parameter)
+
+    def loss(items: list[Sample]) -> TokenSum:
+        total, count, _ = inner(items)
+        parts = {"mean": float(total.detach()) / count}
+        if any(tokens == 2 for *_, tokens in items):
+            parts["pairs"] = float(sum(tokens == 2 for *_, tokens in items))
+        return TokenSum(total, count, parts)
+
+    return loss
+
+
+def test_parts_are_means_over_the_micro_batches_that_have_them() -> None:
+    data, parameter = samples(), weight()
+    chosen = next(sample_order(len(data), 4, seed=3))
+    loss = with_parts(parameter)
+    # With two micro-batches a step, every other sample is in the same one.
+    seen = [loss([data[index] for index in chosen[start::2]]).parts for start in (0, 1)]
+    entry = fit([parameter], data, loss, settings(steps=1, accumulation=2)).log[0]
+    assert entry.parts["mean"] == pytest.approx((seen[0]["mean"] + seen[1]["mean"]) / 2)
+    having = [part["pairs"] for part in seen if "pairs" in part]
+    assert entry.parts.get("pairs", 0.0) == pytest.approx(sum(having) / max(len(having), 1))
+
+
+def test_parts_are_only_looked_at() -> None:
+    plain, watched = weight(), weight()
+    first = fit([plain], samples(), squares(plain), settings())
+    second = fit([watched], samples(), with_parts(watched), settings())
+    assert torch.equal(plain, watched)
+    assert [entry.loss for entry in first.log] == [entry.loss for entry in second.log]
+    assert all(entry.parts == {} for entry in first.log)
+    # Parts of steps that are not logged are not in the log.
+    sparse = fit([weight()], samples(), with_parts(weight()), settings(log_every=4))
+    assert [entry.step for entry in sparse.log] == [4, 8, 10]
+    missing = [entry.step for entry in second.log if "pairs" not in entry.parts]
+    assert missing, "a term that a batch does not have is not taken for zero"
+    assert len(missing) < STEPS
+
+
+@pytest.mark.parametrize("step", [3, 5, 7])
+def test_parts_survive_a_kill(step: int, tmp_path: Path) -> None:
+    straight, killed, resumed = weight(), weight(), weight(99)
+    config = settings(accumulation=2)
+    expected = fit([straight], samples(), with_parts(straight), config)
+    dies, calls = with_parts(killed), 0
+
+    def loss(items: list[Sample]) -> TokenSum:
+        nonlocal calls
+        calls += 1
+        if calls == 2 * step + 2:
+            raise Killed
+        return dies(items)
+
+    with pytest.raises(Killed):
+        fit([killed], samples(), loss, config, checkpoint=tmp_path)
+    found = fit([resumed], samples(), with_parts(resumed), config, checkpoint=tmp_path)
+    assert found.log == expected.log
+    assert all("mean" in entry.parts for entry in found.log)
+    assert torch.equal(resumed, straight)

@@ -1,0 +1,206 @@
+"""MiniLLM: on-policy distillation by reverse KL, the original of what `reverse_kl` does offline.
+
+The student answers the stolen questions itself, and the teacher is asked about every token y_t of
+what it wrote. With q the student's distribution there and p the teacher's,
+
+    grad KD = mean_t w_t [ grad KL(q_t || p_t)  -  R_t grad log q(y_t) ]
+
+    R_t = mean_(s > t) log p(y_s) / q(y_s)     how well the rest goes; 0 after the last token
+    w_t = q(y_t) / m(y_t),   m = mix p + (1 - mix) q
+
+The first term is the exact derivative of one step, summed over the vocabulary; the second is a
+policy gradient for what the step leads to, and has the mean in place of the sum so that short
+answers are not favoured. Texts are drawn from m, which keeps a weak student from wandering where
+the teacher knows nothing, and the weight corrects for that. As in all attacks on logits,
+
+    L = (1 - kd_weight) SFT + kd_weight T^2 KD
+
+with the ground truth in the place of the paper's pre-training corpus. Each text serves one step of
+the optimizer, so that PPO's clipping has nothing to clip and is left out.
+
+Reference: Gu et al. 2023, "MiniLLM: knowledge distillation of large language models",
+arXiv:2306.08543.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from azeotrope import divergences, heads
+from azeotrope.alignment import same_vocabulary
+from azeotrope.attacks.logits import LogitAttack, LogitConfig, TeacherHead, by_chunks, read_as
+from azeotrope.generation import Sampling, generate
+from azeotrope.mixture import Mixture
+from azeotrope.models import Loaded
+from azeotrope.observation import View
+from azeotrope.tasks.base import Task
+from azeotrope.tokens import Boundary, Example, collate
+from azeotrope.traces import Trace, row_seed
+from azeotrope.training import TokenSum
+
+
+class Config(LogitConfig):
+    """The mixture and the weights are the paper's."""
+
+    name: Literal["minillm"] = "minillm"
+    mix: float = Field(
+        default=0.2, ge=0, lt=1, description="share of the teacher in the policy that writes"
+    )
+    max_new_tokens: int = Field(
+        default=96, ge=1, description="length at which a text of the student's own is cut"
+    )
+
+    @model_validator(mode="after")
+    def _whole(self) -> "Config":
+        if self.view != View() or self.pairs or self.agreement:
+            raise ValueError(
+                "minillm asks a teacher at every step and sees all of its logits; leave out view, "
+                "pairs and agreement, or take reverse_kl"
+            )
+        return self
+
+
+class MiniLlm(LogitAttack):
+    """The objective; see the module's docstring for the equations."""
+
+    needs = "teacher"
+
+    def attach(self, teacher: TeacherHead, student: Loaded) -> None:
+        """Prepare to ask this teacher on behalf of this student.
+
+        Raises:
+            ValueError: if the whole teacher is not given, or has another vocabulary.
+        """
+        if teacher.model is None:
+            raise ValueError(
+                "minillm asks the teacher about texts that the student writes, so it needs the "
+                "whole model; give TeacherHead(..., model=...)"
+            )
+        if not same_vocabulary(student.tokenizer, teacher.tokenizer):
+            raise ValueError(
+                f"minillm mixes the distributions of teacher ({len(teacher.tokenizer)} tokens) and "
+                f"student ({len(student.tokenizer)} tokens), which must have one vocabulary; "
+                "reverse_kl and forward_kl teach students of another one"
+            )
+        super().attach(teacher, student)
+
+    def examples(
+        self, student: Loaded, traces: Sequence[Trace], task: Task, boundary: Boundary
+    ) -> list[Any]:
+        """Questions to answer, and texts for SFT.
+
+        Raises:
+            ValueError: if no teacher is attached, or a text is longer than the student's context.
+        """
+        if self.teacher is None:
+            raise ValueError("minillm learns from a teacher; attach one first")
+        return [read_as(student, trace, task, boundary, self.config) for trace in traces]
+
+    def loss(self, student: Loaded, items: list[Any]) -> TokenSum:
+        """The mixed loss, summed over the tokens of the given texts.
+
+        Each text that the student writes counts for as many tokens as the one it was given. What
+        is written is decided by the text's id and torch's seed, which `fit` sets at every step.
+        """
+        pad = int(student.tokenizer.pad_token_id)  # type: ignore[arg-type]
+        text = heads.sequence_loss(student.model, collate(items, pad).to(student.device))
+        weight = self.config.kd_weight
+        total = (1 - weight) * text.total
+        if weight:
+            written = self.write(student, items)
+            kd = self.distance(student, written, [len(item.completion) for item in items])
+            total = total + weight * self.config.temperature**2 * kd
+        return TokenSum(total, text.count)
+
+    def write(self, student: Loaded, items: Sequence[Example]) -> list[Example]:
+        """Answers drawn from the mixture of student and teacher, one to each prompt."""
+        assert self.teacher is not None
+        assert self.teacher.model is not None
+        tokenizer, model = student.tokenizer, student.model
+        prompts = [item.prompt for item in items]
+        pad = int(tokenizer.pad_token_id)  # type: ignore[arg-type]
+        policy = Mixture(
+            self.teacher.model,
+            self.teacher.logits,
+            prompts,
+            share=self.config.mix,
+            temperature=self.config.temperature,
+            pad_id=pad,
+        )
+        was_training = model.training
+        model.eval()
+        found = generate(
+            model,
+            prompts,
+            Sampling(temperature=1.0, max_new_tokens=self.config.max_new_tokens),
+            eos_id=int(tokenizer.eos_token_id),  # type: ignore[arg-type]
+            pad_id=pad,
+            seeds=[row_seed(item.id, torch.initial_seed()) for item in items],
+            adjust_logits=policy,
+        )
+        model.train(was_training)
+        flags = [(False,) * len(completion.ids) for completion in found]
+        return [
+            Example(item.id, item.prompt, completion.ids, flag, flag)
+            for item, completion, flag in zip(items, found, flags, strict=True)
+        ]
+
+    def distance(
+        self, student: Loaded, written: Sequence[Example], counts: Sequence[int]
+    ) -> Float[Tensor, ""]:
+        """sum over texts of count times mean_t w_t KL(q_t || p_t); its gradient has both terms."""
+        teacher = self.teacher
+        assert teacher is not None
+        assert teacher.model is not None
+        batch = collate(written, pad_id=0).to(student.device)
+        head = student.model.get_output_embeddings()
+        weight, bias = head.weight, head.bias  # type: ignore[union-attr]
+        temperature = self.config.temperature
+
+        def both(ours: Tensor, theirs: Tensor) -> tuple[Tensor, Tensor]:
+            logits = heads.logits(ours, weight, bias)[:, : teacher.rows]  # type: ignore[arg-type]
+            return tuple(  # type: ignore[return-value]
+                (x / temperature).log_softmax(-1) for x in (logits, teacher.logits(theirs))
+            )
+
+        def said(ours: Tensor, theirs: Tensor, labels: Tensor) -> Tensor:
+            return torch.stack([x.gather(-1, labels[:, None])[:, 0] for x in both(ours, theirs)])
+
+        def part(
+            ours: Tensor, theirs: Tensor, labels: Tensor, scale: Tensor, after: Tensor
+        ) -> Tensor:
+            log_q, log_p = both(ours, theirs)
+            chosen = after * log_q.gather(-1, labels[:, None])[:, 0]
+            # The policy gradient has no value of its own.
+            step = divergences.reverse_kl(log_p, log_q) - (chosen - chosen.detach())
+            return (scale * step).sum()
+
+        ours = heads.hidden_states(student.model, batch)
+        labels, sizes = batch.targets[batch.mask], [len(item.completion) for item in written]
+        width = max(len(weight), teacher.rows)  # type: ignore[arg-type]
+        with torch.no_grad():
+            theirs = heads.hidden_states(teacher.model, batch)
+            pieces = heads.chunks(len(labels), width, self.budget)
+            log_q, log_p = torch.cat([said(ours[x], theirs[x], labels[x]) for x in pieces], -1)
+            reward = log_p - log_q
+            # q / m with both divided by q.
+            scale = 1 / (self.config.mix * reward.exp() + 1 - self.config.mix)
+            share = [scale.new_full((n,), c / n) for n, c in zip(sizes, counts, strict=True)]
+            after = torch.cat([_mean_after(part) for part in reward.split(sizes)])
+        arguments = ours, theirs, labels, scale * torch.cat(share), after
+        return by_chunks(part, arguments, width, self.budget)
+
+
+def _mean_after(reward: Float[Tensor, " tokens"]) -> Float[Tensor, " tokens"]:
+    """The mean of what comes after each token; 0 after the last."""
+    rest = reward.flip(0).cumsum(0).flip(0) - reward
+    left = torch.arange(len(reward) - 1, -1, -1, device=reward.device)
+    return rest / left.clamp(min=1)
+
+
+def build(config: Config) -> MiniLlm:
+    return MiniLlm(config)
