@@ -97,7 +97,6 @@ def _weight(log_p: Tensor, log_q: Tensor, power: float) -> Tensor:
     if power == 0:
         return torch.ones_like(log_p)
     largest = torch.maximum(log_p, log_q)
-    largest = largest.masked_fill(largest == -torch.inf, 0.0)
     return (power * largest).clamp(max=math.log(torch.finfo(largest.dtype).max)).exp()
 
 

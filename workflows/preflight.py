@@ -32,8 +32,11 @@ def preflight(config: ExperimentConfig, *, convert: bool = True) -> None:
         ConfigError: with what was given, what is allowed and what to do.
     """
     _disk(Path(config.cache))
-    for name in config.models:
+    suspects = [name for name in config.probe.subspace if name != "teacher"] if config.probe else []
+    for name in (*config.models, *suspects):
         _smollm2(name, convert)
+    for name in suspects:
+        is_here(name)
     here = {name for name in config.models if is_here(name)}
     for name in here:
         _context(name, config.max_length)

@@ -42,7 +42,7 @@ def probe(config: ExperimentConfig, steps: Steps, clean: Taught, taught: list[Ta
         return Probed([], [])
     task = config.task.name
     found = Probed([], [])
-    victims = [clean, *(item for item in taught if item.checkpoint is not None)]
+    victims = [clean, *(item for item in taught if _is_checkpoint(item))]
     for victim in victims if wanted.information else ():
         checkpoint = victim.checkpoint or config.teacher
         stage = _information(config, steps, checkpoint, wanted.information)
@@ -62,6 +62,11 @@ def probe(config: ExperimentConfig, steps: Steps, clean: Taught, taught: list[Ta
                 row = _row(task, victim, metric, shown, stage.seconds)
                 found.rows.append(row if victim else row.model_copy(update={"model": name}))
     return found
+
+
+def _is_checkpoint(victim: Taught) -> bool:
+    choice = victim.choice
+    return victim.checkpoint is not None and choice is not None and choice.changes_weights_alone
 
 
 def _information(config: ExperimentConfig, steps: Steps, checkpoint: str, texts: int) -> Stage:

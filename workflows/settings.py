@@ -15,6 +15,7 @@ from azeotrope.config import load as load_config
 from azeotrope.defenses import base as defenses
 from azeotrope.generation import Sampling
 from azeotrope.head_training import HeadTraining
+from azeotrope.information import LEAST_TEXTS
 from azeotrope.tasks import TaskConfig
 from azeotrope.tasks.pocket import PocketConfig
 from azeotrope.tokens import Boundary
@@ -99,6 +100,13 @@ class Probe(Config):
         description="models whose hidden size is recovered through top-k logprobs; `teacher` is "
         "each defended teacher",
     )
+
+    @field_validator("information")
+    @classmethod
+    def _enough(cls, texts: int) -> int:
+        if 0 < texts < LEAST_TEXTS:
+            raise ValueError(f"the estimate needs {LEAST_TEXTS} texts, or 0 to skip it")
+        return texts
 
 
 class ExperimentConfig(Config):

@@ -192,7 +192,7 @@ class Cmi(Defense):
             parts["cross-entropy"] = self._utility(head, useful, scale) / count
         asked = _choose(batch, self.config.cosine_on)
         if len(asked.targets):
-            parts["cosine"] = self._turn(head, proxies, asked, self.strength * count)
+            parts["cosine"] = self.turn(head, proxies, asked, self.strength * count)
         total = parts.get("cross-entropy", 0.0) + self.strength * parts.get("cosine", 0.0)
         return TokenSum(torch.tensor(total * count), count, parts)
 
@@ -202,7 +202,7 @@ class Cmi(Defense):
     ) -> float | None:
         """The mean cosine on held-out texts."""
         asked = _choose(batch, self.config.cosine_on)
-        return self._turn(head, proxies, asked, 0.0) if len(asked.targets) else None
+        return self.turn(head, proxies, asked, 0.0) if len(asked.targets) else None
 
     def _utility(self, head: LowRankHead, batch: FeatureBatch, scale: float) -> float:
         """Summed cross-entropy times `scale`; its gradient is in the head afterwards."""
@@ -215,7 +215,7 @@ class Cmi(Defense):
             total += float(value.detach())
         return total
 
-    def _turn(
+    def turn(
         self, head: LowRankHead, proxies: tuple[Surrogate, ...], batch: FeatureBatch, scale: float
     ) -> float:
         """The mean cosine over surrogates; `scale` times its gradient is in the head afterwards."""

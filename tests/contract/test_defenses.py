@@ -16,15 +16,16 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from azeotrope import tasks
 from azeotrope.attacks import base as attacks
+from azeotrope.attacks.logits import LogitAttack, TeacherHead
 from azeotrope.config import Config, ConfigError
 from azeotrope.defenses import base as defenses
 from azeotrope.defenses.base import Defense, Head, ProxyHead, Stage
-from azeotrope.features import FeatureBatch, FeaturePair, Features, join
+from azeotrope.features import FeatureBatch, FeaturePair, Features, compute, join
 from azeotrope.head_training import HeadTraining, train_head
-from azeotrope.models import Loaded, load, load_tokenizer
+from azeotrope.models import Loaded, head_of, load, load_tokenizer
 from azeotrope.surrogate import Surrogate
-from azeotrope.tokens import Boundary
-from azeotrope.traces import ground_truth
+from azeotrope.tokens import Boundary, encode
+from azeotrope.traces import Trace, ground_truth
 from azeotrope.vocabulary import SharedVocabulary
 from workflows import settings
 
@@ -199,9 +200,52 @@ def test_the_readme_has_a_row_for_it(name: str) -> None:
 # Attacks
 
 
+TASK = tasks.build(tasks.PocketConfig())
+
+
 @pytest.fixture(scope="module")
 def student() -> Loaded:
     return load("pocket/small", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def stranger() -> Loaded:
+    """A student with another vocabulary than the teacher's."""
+    return load("pocket/other", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def stolen() -> list[Trace]:
+    return ground_truth(TASK, TASK.problems("train", 3))
+
+
+@pytest.fixture(scope="module")
+def asked(stolen: list[Trace]) -> TeacherHead:
+    """A teacher that has scored the stolen texts, and can be asked about others."""
+    teacher = load("pocket/teacher", device="cpu")
+    texts = [
+        encode(
+            teacher.tokenizer,
+            TASK.messages(trace.question),
+            trace.text,
+            boundary=BOUNDARY,
+            max_length=256,
+            id=trace.id,
+        )
+        for trace in stolen
+    ]
+    head = head_of(teacher.model)
+    scored = compute(teacher.model, texts)
+    return TeacherHead(teacher.tokenizer, head.weight, head.bias, scored, model=teacher.model)
+
+
+def ready(name: str, asked: TeacherHead, student: Loaded) -> attacks.Attack:
+    """An attack that has been given the teacher, if it wants one."""
+    attack = attacks.resolve({"name": name})
+    assert isinstance(attack, LogitAttack) == (attack.needs != "text")
+    if isinstance(attack, LogitAttack):
+        attack.attach(asked, student)
+    return attack
 
 
 @pytest.mark.parametrize("name", attacks.names())
@@ -218,12 +262,8 @@ def test_an_attack_module_has_what_is_asked_of_it(name: str) -> None:
     assert module.__doc__
 
 
-@pytest.mark.parametrize("name", attacks.names())
-def test_an_attack_teaches_from_traces(name: str, student: Loaded) -> None:
-    attack = attacks.resolve({"name": name})
-    task = tasks.build(tasks.PocketConfig())
-    stolen = ground_truth(task, task.problems("train", 3))
-    examples = attack.examples(student, stolen, task, BOUNDARY)
+def teaches(attack: attacks.Attack, student: Loaded, stolen: list[Trace]) -> None:
+    examples = attack.examples(student, stolen, TASK, BOUNDARY)
     assert [example.id for example in examples] == [trace.id for trace in stolen]
     student.model.zero_grad()
     whole = attack.loss(student, examples)
@@ -232,11 +272,47 @@ def test_an_attack_teaches_from_traces(name: str, student: Loaded) -> None:
     # A sum and a count, so that any split into micro-batches is the same.
     assert whole.count == sum(part.count for part in parts)
     total = sum(part.total.item() for part in parts)
-    assert whole.total.item() == pytest.approx(total, rel=1e-5)
+    several = attack.needs == "logits" and len(attack.divergences()) > 1  # type: ignore[attr-defined]
+    if several:
+        # The larger of two sums is never above the sum of the larger ones.
+        assert whole.total.item() <= total * (1 + 1e-5)
+        assert whole.total.item() > 0.8 * total
+    else:
+        assert whole.total.item() == pytest.approx(total, rel=1e-5)
     if whole.total.requires_grad:
         whole.total.backward()
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in student.model.parameters())
     student.model.zero_grad()
+
+
+@pytest.mark.parametrize("name", attacks.names())
+def test_an_attack_teaches_from_traces(
+    name: str, asked: TeacherHead, student: Loaded, stolen: list[Trace]
+) -> None:
+    teaches(ready(name, asked, student), student, stolen)
+
+
+@pytest.mark.parametrize("name", attacks.names())
+def test_an_attack_teaches_a_student_of_another_vocabulary_or_refuses(
+    name: str, asked: TeacherHead, stranger: Loaded, stolen: list[Trace]
+) -> None:
+    if attacks.resolve({"name": name}).needs == "teacher":
+        with pytest.raises(ValueError, match="must have one vocabulary"):
+            ready(name, asked, stranger)
+    else:
+        teaches(ready(name, asked, stranger), stranger, stolen)
+
+
+@pytest.mark.parametrize("name", attacks.names())
+def test_an_attack_that_asks_a_teacher_wants_one(
+    name: str, student: Loaded, stolen: list[Trace]
+) -> None:
+    attack = attacks.resolve({"name": name})
+    if attack.needs == "text":
+        assert attack.examples(student, stolen, TASK, BOUNDARY)
+        return
+    with pytest.raises(ValueError, match=f"{name} learns from a teacher.*; attach one first"):
+        attack.examples(student, stolen, TASK, BOUNDARY)
 
 
 @pytest.mark.parametrize("name", attacks.names())

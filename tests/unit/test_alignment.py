@@ -9,6 +9,7 @@ from azeotrope import tasks
 from azeotrope.alignment import meetings, next_pieces, same_vocabulary, spellings
 from azeotrope.models import load_tokenizer
 from azeotrope.observation import View, merged, observe
+from azeotrope.tokens import decode
 
 TEXT = "<think> start with 20. then 20 - 6 = 14. all done. </think> #### 14"
 # Words of several bytes a letter, and white space of every kind.
@@ -158,7 +159,7 @@ def test_a_vocabulary_meets_itself_everywhere(teacher) -> None:
 
 def read_before(tokenizer: PreTrainedTokenizerFast, tokens: list[int]) -> str | None:
     """What a model has read, as text; None inside a letter."""
-    text = tokenizer.decode(tokens)
+    text = decode(tokenizer, tokens)
     return None if text.endswith("\ufffd") else text
 
 
@@ -216,7 +217,9 @@ def test_the_next_piece_of_what_is_begun(teacher, student) -> None:
     ours, theirs = student.get_vocab(), teacher.get_vocab()
 
     def following(*begun: str) -> tuple[dict[str, str], set[str]]:
-        pieces, complete = next_pieces(table, torch.tensor([ours[p] for p in begun], dtype=int))
+        pieces, complete = next_pieces(
+            table, torch.tensor([ours[p] for p in begun], dtype=torch.long)
+        )
         names = {index: word for word, index in theirs.items()}
         named = {
             names[index]: student.convert_ids_to_tokens([piece])[0]

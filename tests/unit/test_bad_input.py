@@ -3,6 +3,7 @@
 Every test goes the way of the command line: settings are read, then the preflight runs.
 """
 
+import importlib
 import json
 import shutil
 import subprocess
@@ -17,6 +18,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
+from azeotrope import models
 from azeotrope.config import ConfigError
 from workflows import cli, settings
 from workflows.preflight import preflight
@@ -29,6 +31,12 @@ FEW = (
     "teacher_problems=20",
     "defenses.0.training.floor.problems=20",
 )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _imported() -> None:
+    # What is imported at its first use is not what is limited here.
+    importlib.import_module("transformers.models.llama.modeling_llama")
 
 
 @pytest.fixture(autouse=True)
@@ -199,6 +207,131 @@ def test_more_tokens_than_a_context_holds(refused) -> None:
     message = refused("max_length=300")
     assert "max_length 300 is longer than the context of pocket/" in message
     assert "256 tokens; lower max_length" in message
+
+
+CMI = "name: trial\ndefenses:\n  - {parts: [{name: cmi}], training: {truth: 20}}\n"
+
+
+def test_the_logit_side_is_content_with_what_is_there(tmp_path: Path) -> None:
+    preflight(settings.load("pocket_logits", [f"cache={tmp_path}", *FEW, "head_traces=20"]))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (
+            ["defenses.0.parts.0.rank=161"],
+            "defense cmi: rank 161 is larger than the teacher's hidden size 160;",
+        ),
+        (
+            ["proxies=[pocket/proxy-a, pocket/other]"],
+            "defense cmi: the surrogate pocket/other has another vocabulary (296 tokens) than the "
+            "teacher (129 tokens);",
+        ),
+        (
+            ["defenses.0.parts.0.layer=first"],
+            "defense cmi: the surrogate has no tensor 'first' that a gradient can be taken of; "
+            "give `last`, `penultimate`, `lm_head.weight` or one such as:",
+        ),
+        (
+            ["defenses.0.parts.0.layer=model.layers.2.mlp.down_proj.weight"],
+            "defense cmi: the surrogate has no tensor 'model.layers.2.mlp.down_proj.weight'",
+        ),
+        (
+            ["defenses.0.training.truth=0"],
+            "defense cmi: it looks at ground-truth texts, but training.truth is 0; say how many, "
+            "or set utility_on and cosine_on to own",
+        ),
+        (
+            ["defenses.0.training.floor.from_pass=2"],
+            "floor.from_pass 2 is no pass of 2 (counted from 0; refreshes 1)",
+        ),
+        (
+            ["attacks=[{name: forward_kl, view: {top_k: 130}}]"],
+            "attack forward_kl: view.top_k 130 is larger than the teacher's vocabulary of 129 "
+            "tokens; lower it, or leave it out to see them all",
+        ),
+        (
+            ["attack={name: alpha, view: {top_k: 130}}"],
+            "attack alpha: view.top_k 130 is larger than the teacher's vocabulary of 129 tokens",
+        ),
+        (
+            ["defenses.0.lesson.attacks=[{name: abkd, view: {top_k: 130}}]"],
+            "attack abkd: view.top_k 130 is larger than the teacher's vocabulary of 129 tokens",
+        ),
+        (
+            ["attacks=[{name: alpha}, {name: forward_kl}, {name: alpha, temperature: 2}]"],
+            "two attacks are called alpha (none); give each a `variant` of its own",
+        ),
+        (
+            ["attacks=[{name: alpha, variant: a=0}, {name: alpha, variant: a=0}]"],
+            "two attacks are called alpha (a=0); give each a `variant` of its own",
+        ),
+        (
+            ["attacks=[{name: text_sft}]"],
+            "two attacks are called text_sft (none); give each a `variant` of its own",
+        ),
+        (
+            ["attacks=[{name: forward_kl, view: {top_k: 0}}]"],
+            "attack forward_kl: view.top_k: Input should be greater than or equal to 1, got 0",
+        ),
+        (["probe.subspace=[pocket/smal]"], "no pocket model 'pocket/smal'; there are"),
+        (["probe.information=3"], "the estimate needs 4 texts, or 0 to skip it"),
+        (["defenses.0.lesson.attacks=[]"], "defenses.0.lesson.attacks"),
+    ],
+)
+def test_the_logit_side_is_checked_before_anything_loads(
+    refused, overrides: list[str], expected: str
+) -> None:
+    message = refused(*overrides, yaml=CMI)
+    assert expected in message
+    assert "\n" not in message
+
+
+def test_a_surrogate_of_another_vocabulary_is_refused(refused, tmp_path: Path) -> None:
+    # It knows enough of the teacher's tokens to be a proxy, but one of them has another number.
+    place = shutil.copytree(models.resolve("pocket/proxy-a"), tmp_path / "near")
+    tokenizer = models.load_tokenizer("pocket/proxy-a")
+    data = json.loads(tokenizer.backend_tokenizer.to_str())
+    vocab = data["model"]["vocab"]
+    one, other = sorted(vocab, key=vocab.__getitem__)[-2:]
+    vocab[one], vocab[other] = vocab[other], vocab[one]
+    (place / "tokenizer.json").write_text(json.dumps(data))
+    message = refused(f"proxies=[{place}]", yaml=CMI)
+    assert message.startswith(f"defense cmi: the surrogate {place} has another vocabulary (129 ")
+    assert message.endswith("take a proxy of the teacher's family")
+
+
+def test_every_problem_that_a_run_asks_for_is_counted(refused, tmp_path: Path) -> None:
+    def lacks(counts: dict[str, int], *overrides: str) -> str:
+        """What is said when a task has so many problems and no more."""
+        for name, count in counts.items():
+            lines = [json.dumps({"question": f"{name} {i}?", "answer": "1"}) for i in range(count)]
+            rows(tmp_path / f"{name}.jsonl", *lines)
+        task = (f"task.{name}={tmp_path / f'{name}.jsonl'}" for name in counts)
+        size = ("traces=20", "head_traces=15", "exam_problems=30", "teacher_problems=25")
+        floor = "defenses.0.training.floor.problems=20"
+        return refused("task.name=jsonl", *task, *size, floor, *overrides, yaml=CMI)
+
+    enough = {"train": 60, "validation": 60, "test": 60}
+    found = lacks({**enough, "test": 29})
+    assert "29 problems in test, fewer than the 30 asked for" in found
+    found = lacks({**enough, "validation": 19})
+    assert "19 problems in validation, fewer than the 20 asked for" in found
+    # Apart from the thief's 20 problems there are to be 20 with ground truth.
+    found = lacks({**enough, "train": 39}, "defenses.0.training.apart=true")
+    assert "39 problems in train, fewer than the 40 asked for" in found
+    # A lesson is always apart, and its exam asks 50 problems.
+    lesson = "defenses.0.lesson={traces: 25, attacks: [{name: alpha}]}"
+    found = lacks({**enough, "train": 44}, lesson)
+    assert "44 problems in train, fewer than the 45 asked for" in found
+    found = lacks({**enough, "validation": 49}, lesson)
+    assert "49 problems in validation, fewer than the 50 asked for" in found
+    found = lacks({**enough, "validation": 24}, "probe.information=25")
+    assert "24 problems in validation, fewer than the 25 asked for" in found
+    found = lacks({**enough, "validation": 29, "test": 1}, "exam_split=validation")
+    assert "29 problems in validation, fewer than the 30 asked for" in found
 
 
 def test_a_disk_that_is_nearly_full(refused, monkeypatch: pytest.MonkeyPatch) -> None:

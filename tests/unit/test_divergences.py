@@ -38,6 +38,7 @@ SMOOTH: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 ALL = {**SMOOTH, "alphanet": by_name("alphanet"), "alphanet(0.2,0.9)": partial(UNCLIPPED, low=0.2)}
 smooth = pytest.mark.parametrize("name", SMOOTH)
 every = pytest.mark.parametrize("name", ALL)
+few = settings(max_examples=25)
 
 # p = (1/2, 1/4, 1/4) and q = (1/8, 1/8, 3/4), so p/q = (4, 2, 1/3).
 P, Q = torch.tensor([0.5, 0.25, 0.25]), torch.tensor([0.125, 0.125, 0.75])
@@ -92,17 +93,17 @@ def distribution(values: list[float]) -> Tensor:
 
 
 @every
+@few
 @given(values=logits)
 def test_equal_distributions_are_no_distance_apart(name: str, values: list[float]) -> None:
     log_p = distribution(values)
     assert ALL[name](log_p, log_p.clone()).item() == pytest.approx(0, abs=1e-12)
 
 
-@every
+@pytest.mark.parametrize("name", [name for name in ALL if name != "alphanet"])
+@few
 @given(one=logits, other=logits)
 def test_no_divergence_is_negative(name: str, one: list[float], other: list[float]) -> None:
-    if name == "alphanet":
-        return  # clipped; see below
     assert ALL[name](distribution(one), distribution(other)).item() >= -1e-12
 
 
@@ -116,6 +117,7 @@ def test_a_clipped_alphanet_may_be_negative() -> None:
 
 
 @every
+@few
 @given(one=logits, other=logits)
 def test_positions_are_independent(name: str, one: list[float], other: list[float]) -> None:
     a, b = distribution(one), distribution(other)
@@ -331,7 +333,8 @@ def test_extreme_distributions_stay_finite(name: str, dtype: torch.dtype) -> Non
 @pytest.mark.parametrize("pair", [pair for pair in PAIRS if min(pair) < 0 or not any(pair)])
 def test_negative_exponents_are_never_nan(pair: tuple[float, float]) -> None:
     far, farther = [0.0, -200.0, -300.0, -50.0], [0.0, -200.0, -1.0, -300.0]
-    value = alpha_beta(*(torch.tensor(z).log_softmax(-1) for z in (far, farther)), *pair)
+    log_p, log_q = (torch.tensor(z).log_softmax(-1) for z in (far, farther))
+    value = alpha_beta(log_p, log_q, *pair)
     assert not value.isnan()
     assert value > 0
     # What is impossible to both sides counts for nothing.

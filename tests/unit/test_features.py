@@ -15,6 +15,7 @@ from azeotrope.features import (
     FeatureBatch,
     FeaturePair,
     Features,
+    blocks_of,
     compute,
     join,
     pair_up,
@@ -193,7 +194,7 @@ def test_what_enters_a_block_is_stored_for_every_token(
         assert item.hidden.shape[0] == len(example) - 1
         torch.testing.assert_close(item.hidden, expected[row, : len(example) - 1])
         assert item.targets.tolist() == list(example.completion)
-    assert not teacher.model.base_model.layers[0]._forward_pre_hooks
+    assert not any(layer._forward_pre_hooks for layer in blocks_of(teacher.model))
 
 
 def test_a_trunk_without_a_list_of_blocks_is_refused(examples: list[Example]) -> None:

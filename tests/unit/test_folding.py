@@ -111,12 +111,12 @@ def test_a_model_with_a_folded_head_gives_the_mapped_logits() -> None:
     up, down = drawn(rows, 4, seed=1).float() / 4, drawn(4, rows, seed=2).float() / 8
     tokens = torch.arange(20, 40).unsqueeze(0)
     before = loaded.model(tokens).logits[0]
-    embedding = loaded.model.get_input_embeddings().weight.clone()
+    embedding = loaded.model.get_input_embeddings().weight.clone()  # type: ignore[operator]
     put_head(loaded, Head(*fold(head.weight, head.bias, up, down)))
     after = loaded.model(tokens).logits[0]
     torch.testing.assert_close(after, before @ matrix(up, down).T, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(after, before, atol=0.1)
-    assert torch.equal(loaded.model.get_input_embeddings().weight, embedding)
+    assert torch.equal(loaded.model.get_input_embeddings().weight, embedding)  # type: ignore[arg-type]
 
 
 def gemma(cap: float | None) -> PreTrainedModel:

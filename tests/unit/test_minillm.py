@@ -18,6 +18,7 @@ from azeotrope.attacks import base as attacks
 from azeotrope.attacks.logits import TeacherHead
 from azeotrope.attacks.minillm import MiniLlm
 from azeotrope.config import ConfigError
+from azeotrope.features import blocks_of
 from azeotrope.generation import Sampling, generate
 from azeotrope.mixture import Mixture
 from azeotrope.models import Loaded, head_of, load
@@ -131,19 +132,20 @@ def test_its_expected_gradient_is_that_of_the_reverse_kl_of_whole_texts() -> Non
     whole = (log_q.exp() * (log_q - log_p)).sum()
     weights = log_q.detach().exp()
     # Each text with its probability; a sum over its tokens, so that nothing is divided.
-    found = sum(
-        weight * attack.distance(student, [item], [len(item.completion)])
-        for item, weight in zip(items, weights, strict=True)
-    )
+    found = torch.stack(
+        [
+            weight * attack.distance(student, [item], [len(item.completion)])
+            for item, weight in zip(items, weights, strict=True)
+        ]
+    ).sum()
     assert found.item() == pytest.approx(whole.item(), rel=1e-5)
     wanted = gradients(student, whole)
     torch.testing.assert_close(gradients(student, found), wanted, rtol=1e-4, atol=1e-6)
     # The policy gradient is no small part of it.
-    step = sum(
-        w * (q.exp() * (q - log_softmax(teacher, i, VOCAB).detach())).sum()
-        for i, w in zip(items, weights, strict=True)
-        for q in [log_softmax(student, i, VOCAB)]
-    )
+    step = torch.zeros(())
+    for item, weight in zip(items, weights, strict=True):
+        p, q = (log_softmax(loaded, item, VOCAB) for loaded in (teacher, student))
+        step = step + weight * (q.exp() * (q - p.detach())).sum()
     assert (gradients(student, step) - wanted).norm() > 0.05 * wanted.norm()
 
 
@@ -271,8 +273,8 @@ def test_the_weights_correct_for_the_mixture() -> None:
 
 def test_a_students_dropout_is_off_while_it_writes_and_on_again() -> None:
     teacher, student = small(0), small(1)
-    for layer in student.model.base_model.layers:
-        layer.self_attn.attention_dropout = 0.9
+    for layer in blocks_of(student.model):
+        layer.self_attn.attention_dropout = 0.9  # type: ignore[union-attr, assignment]
     attack = minillm(teacher, student, max_new_tokens=8)
     items = [example((3, 4), (EOS,), str(number)) for number in range(20)]
     calm = attack.write(student, items)

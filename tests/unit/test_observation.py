@@ -189,7 +189,7 @@ def test_tokens_with_one_piece_are_one_event() -> None:
     assert events.tokens[0].tolist() == [0, 2, 5]
     assert events.has_tail
     known = p[:, [4, 6]].sum(-1), p[:, 1], p[:, [0, 3]].sum(-1)
-    expected = torch.stack(known, -1) / sum(known)[:, None]
+    expected = torch.stack(known, -1) / torch.stack(known).sum(0)[:, None]
     torch.testing.assert_close(events.log_p[:, :3].exp(), expected, rtol=1e-9, atol=1e-9)
     # Nothing else can come next, so that the student must not say it.
     assert events.log_p[:, 3].exp().max() < 1e-12
@@ -204,7 +204,7 @@ def test_tokens_that_are_complete_count_for_the_tail() -> None:
     complete = torch.arange(VOCAB) == 2
     events = merged(observe(logits, View()), TO_STUDENT, complete)
     known = p[:, [4, 6]].sum(-1), p[:, 1], p[:, [0, 3]].sum(-1), p[:, 2]
-    expected = torch.stack(known, -1) / sum(known)[:, None]
+    expected = torch.stack(known, -1) / torch.stack(known).sum(0)[:, None]
     torch.testing.assert_close(events.log_p.exp(), expected)
 
 

@@ -15,7 +15,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from azeotrope.features import compute
+from azeotrope.features import blocks_of, compute
 from azeotrope.heads import hidden_states
 from azeotrope.models import Loaded, load, load_tokenizer
 from azeotrope.surrogate import Surrogate, first_block, surrogate_from
@@ -68,10 +68,11 @@ class Case:
     """A surrogate, what enters it, and the whole model in float64 beside it."""
 
     def __init__(self, name: str, layer: str, dtype: torch.dtype = torch.float64) -> None:
-        self.whole: PreTrainedModel = MODELS[name]().model.to(dtype)
+        self.whole: PreTrainedModel = MODELS[name]().model
+        self.whole.to(dtype=dtype)  # type: ignore[call-arg]
         self.whole.set_attn_implementation("eager")
         tail = MODELS[name]()
-        tail.model.to(dtype)
+        tail.model.to(dtype=dtype)  # type: ignore[call-arg]
         texts = examples(min(self.whole.config.vocab_size, 40))
         self.batch = collate(texts, pad_id=0)
         block = first_block(self.whole, layer)
@@ -93,9 +94,9 @@ def test_the_tail_gives_the_last_hidden_states(name: str, layer: str) -> None:
         expected = hidden_states(case.whole, case.batch)
     torch.testing.assert_close(case.hidden({}), expected)
     torch.testing.assert_close(case.hidden(case.surrogate.watched()).detach(), expected)
-    blocks = len(case.whole.base_model.layers)
+    blocks = len(blocks_of(case.whole))
     kept = {"last": 1, "penultimate": 2, NAMED: blocks - 1, "lm_head.weight": 0}.get(layer, 1)
-    assert len(case.surrogate.trunk.layers) == kept
+    assert len(case.surrogate.trunk.layers) == kept  # type: ignore[arg-type]
     assert not any(parameter.requires_grad for parameter in case.surrogate.parameters())
 
 
@@ -239,7 +240,7 @@ def test_a_layer_that_is_not_there_is_refused(layer: str) -> None:
 
 def test_one_block_has_none_before_it() -> None:
     model = load("pocket/proxy-a", device="cpu").model
-    model.base_model.layers = model.base_model.layers[:1]
+    model.base_model.layers = blocks_of(model)[:1]
     assert first_block(model, "last") == 0
     with pytest.raises(ValueError, match="a surrogate of 1 blocks has no penultimate one"):
         first_block(model, "penultimate")

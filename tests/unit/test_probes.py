@@ -1,0 +1,171 @@
+"""What a run measures of its teachers' logits: on the right texts, of the right head, once."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from actors.teacher import FeatureJob, TeacherActor
+from azeotrope import models, tasks
+from azeotrope.config import write_json
+from azeotrope.export import head_from, put_head
+from azeotrope.features import compute
+from azeotrope.information import conditional_mutual_information
+from azeotrope.tokens import Boundary, encode
+from azeotrope.traces import ground_truth
+from workflows.display import Display
+from workflows.probes import probe
+from workflows.results import Taught
+from workflows.settings import DefenseChoice, ExperimentConfig, Probe
+from workflows.stages import Cache, Stage
+from workflows.steps import Steps
+
+TEXTS = 40
+
+
+class Here(Steps):
+    """Steps whose features are computed in this process; the actor is the one that Ray runs."""
+
+    computed = 0
+
+    def features(
+        self,
+        traces: Stage,
+        teacher: str,
+        proxies: tuple[str, ...],
+        count: int,
+        *,
+        only_correct: bool,
+        layer: str | None = None,
+    ) -> Stage:
+        assert (proxies, only_correct, layer) == ((), False, None)
+        assert teacher == self.config.teacher, "the trunk is the undefended teacher's"
+        stage = self.cache.stage("features", traces=traces.key, teacher=teacher)
+
+        def make(folder: Path) -> None:
+            Here.computed += 1
+            (file,) = traces.path.glob("*.parquet")
+            job = FeatureJob(traces=str(file), folder=str(folder), task=self.config.task)
+            TeacherActor(teacher)({"job": [job.model_dump_json()]})  # type: ignore[dict-item]
+
+        return self.cache.build(stage, make)
+
+
+def victim(label: str, folder: Path, scale: float, *more: dict[str, object]) -> Taught:
+    """A teacher whose logits are the clean ones times a factor."""
+    loaded = models.load("pocket/teacher", device="cpu")
+    head = head_from(loaded)
+    with torch.no_grad():
+        head.weight.mul_(scale)
+    put_head(loaded, head)
+    stage = Cache(folder).stage("head", label=label)
+    models.save(loaded, stage.path / "teacher")
+    write_json(stage.path / "head.json", {"strength": 0.25})
+    choice = DefenseChoice(name=label, parts=({"name": "cmi"}, *more))
+    return Taught(choice, stage, stage, stage, (stage,))
+
+
+def clean(folder: Path) -> Taught:
+    stage = Cache(folder).stage("traces")
+    return Taught(None, stage, stage, stage)
+
+
+def steps(folder: Path, wanted: Probe | None) -> Here:
+    config = ExperimentConfig(name="probed", cache=str(folder), probe=wanted)
+    return Here(config, Display())
+
+
+def estimated(scale: float) -> tuple[float, int]:
+    """The estimate, from the models themselves."""
+    loaded = models.load("pocket/teacher", device="cpu")
+    task = tasks.build(tasks.PocketConfig())
+    examples = [
+        encode(
+            loaded.tokenizer, task.messages(trace.question), trace.text,
+            boundary=Boundary(), max_length=256,
+        )
+        for trace in ground_truth(task, task.problems("validation", TEXTS))
+    ]  # fmt: skip
+    items = compute(loaded.model, examples)
+    found = conditional_mutual_information(
+        torch.cat([item.hidden for item in items]),
+        scale * models.head_of(loaded.model).weight.detach(),
+        torch.cat([item.targets for item in items]),
+        torch.cat([torch.full((len(i.targets),), n) for n, i in enumerate(items)]),
+    )
+    return found.value, found.positions
+
+
+def test_information_is_estimated_for_every_head_on_texts_held_out(tmp_path: Path) -> None:
+    flat, half = victim("flat", tmp_path, 0.0), victim("half", tmp_path, 0.5)
+    made = steps(tmp_path, Probe(information=TEXTS))
+    found = probe(made.config, made, clean(tmp_path), [flat, half])
+    assert found.notes == []
+    assert [(row.defense, row.strength) for row in found.rows] == [
+        ("none", 0.0),
+        ("flat", 0.25),
+        ("half", 0.25),
+    ]
+    for row, scale in zip(found.rows, (1.0, 0.0, 0.5), strict=True):
+        value, positions = estimated(scale)
+        assert row.value == pytest.approx(value, rel=1e-3, abs=1e-6)
+        assert (row.role, row.model, row.metric) == ("teacher", "teacher", "information")
+        assert (row.task, row.decoding, row.n) == ("pocket", "none", positions)
+        assert row.ci95[0] <= row.value <= row.ci95[1]
+    # Logits that are all alike say nothing of the text before.
+    values = {row.defense: row.value for row in found.rows}
+    assert values["flat"] == pytest.approx(0.0, abs=1e-6)
+    assert values["none"] > 0.05
+    # The trunk was run once for all three heads, and nothing runs again.
+    assert Here.computed == 1
+    again = steps(tmp_path, Probe(information=TEXTS))
+    assert probe(again.config, again, clean(tmp_path), [flat, half]) == found
+    assert Here.computed == 1
+
+
+def test_the_hidden_size_is_found_where_the_api_is_open(tmp_path: Path) -> None:
+    defended = victim("cmi", tmp_path, 0.5)
+    made = steps(tmp_path, Probe(information=0, subspace=("pocket/small", "teacher")))
+    found = probe(made.config, made, clean(tmp_path), [defended])
+    size = models.load("pocket/small", device="cpu").model.config.hidden_size
+    rows = {(row.model, row.defense, row.metric): row for row in found.rows}
+    assert len(rows) == len(found.rows) == 6
+    opened, guarded = (f"hidden size recovered, {when} API" for when in ("open", "guarded"))
+    assert rows[("pocket/small", "none", opened)].value == size
+    assert rows[("pocket/small", "none", opened)].role == "suspect"
+    assert rows[("pocket/small", "none", opened)].strength is None
+    assert rows[("pocket/small", "none", guarded)].value == 0
+    # With fewer tokens than hidden states there is only a lower bound, for the defended head too.
+    for name in ("none", "cmi"):
+        assert rows[("teacher", name, opened)].value == 128
+        assert rows[("teacher", name, opened)].role == "teacher"
+        assert rows[("teacher", name, guarded)].value == 0
+    assert all(row.n > 0 for row in found.rows)
+    assert [note.split(",")[0] for note in found.notes] == [
+        "Hidden size of pocket/small",
+        "Hidden size of teacher",
+        "Hidden size of teacher (cmi)",
+    ]
+    assert f"logit bias: {size} after" in found.notes[0]
+    assert "logit bias: >= 128 after" in found.notes[1]
+    assert "Behind the gateway's rules: nothing (" in found.notes[0]
+    queries = json.loads(next(tmp_path.glob("probe-*/probe.json")).read_text())["open"]["queries"]
+    assert queries > 1000
+
+
+def test_only_teachers_that_are_a_checkpoint_are_measured(tmp_path: Path) -> None:
+    rewritten = victim("both", tmp_path, 0.5, {"name": "answers_only"})
+    choice = DefenseChoice(parts=({"name": "answers_only"},))
+    stage = Cache(tmp_path).stage("text")
+    text = Taught(choice, stage, stage, stage)
+    made = steps(tmp_path, Probe(information=0, subspace=("teacher",)))
+    found = probe(made.config, made, clean(tmp_path), [rewritten, text])
+    assert {row.defense for row in found.rows} == {"none"}
+
+
+def test_without_a_probe_nothing_is_measured(tmp_path: Path) -> None:
+    made = steps(tmp_path, None)
+    found = probe(made.config, made, clean(tmp_path), [])
+    assert (found.rows, found.notes) == ([], [])
+    assert list(tmp_path.iterdir()) == []
