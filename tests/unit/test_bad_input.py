@@ -213,7 +213,8 @@ CMI = "name: trial\ndefenses:\n  - {parts: [{name: cmi}], training: {truth: 20}}
 
 
 def test_the_logit_side_is_content_with_what_is_there(tmp_path: Path) -> None:
-    preflight(settings.load("pocket_logits", [f"cache={tmp_path}", *FEW, "head_traces=20"]))
+    few = [f"defenses.{i}.training.{n}=20" for i in (0, 1) for n in ("truth", "refresh_traces")]
+    preflight(settings.load("pocket_logits", [f"cache={tmp_path}", *FEW, *few, "head_traces=20"]))
     assert list(tmp_path.iterdir()) == []
 
 
