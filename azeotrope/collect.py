@@ -68,3 +68,40 @@ def collect(
             )
         )
     return traces
+
+
+def finish(
+    loaded: Loaded, task: Task, texts: Sequence[Trace], sampling: Sampling, *, share: float
+) -> list[bool]:
+    """Whether a model comes to the right answer when others have begun the completion.
+
+    Args:
+        share: of each text's tokens that are given to the model as written already; the model
+            writes the rest.
+
+    Raises:
+        ValueError: if the share is not in [0, 1).
+    """
+    if not 0 <= share < 1:
+        raise ValueError(f"share must be in [0, 1), got {share}")
+    tokenizer = loaded.tokenizer
+    begun: list[list[int]] = []
+    for text in texts:
+        ids: list[int] = tokenizer(text.text, add_special_tokens=False)["input_ids"]  # type: ignore[assignment]
+        begun.append(ids[: int(share * len(ids))])
+    prompts = [
+        (*encode_prompt(tokenizer, task.messages(text.question)), *ids)
+        for text, ids in zip(texts, begun, strict=True)
+    ]
+    completions = generate(
+        loaded.model,
+        prompts,
+        sampling,
+        eos_id=int(tokenizer.eos_token_id),  # type: ignore[arg-type]
+        pad_id=int(tokenizer.pad_token_id),  # type: ignore[arg-type]
+        seeds=[row_seed(text.id, 0) for text in texts],
+    )
+    return [
+        task.check(decode(tokenizer, [*ids, *completion.ids]), text.reference)
+        for text, ids, completion in zip(texts, begun, completions, strict=True)
+    ]

@@ -6,9 +6,13 @@ so W' = W + B (A W) and b' = b + B (A b) give z' for every h, and any engine ser
 """
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
+
+_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+"""What families call the cap on their final logits."""
 
 
 def fold(
@@ -39,17 +43,20 @@ def _moved(given: Tensor, up: Tensor, down: Tensor) -> Tensor:
 def check_foldable(model: PreTrainedModel) -> None:
     """Refuse models in which a changed head would not be a changed map of logits.
 
+    A model without weights (on the meta device) is judged by its shapes and its configuration.
+
     Raises:
-        ValueError: for a cap on the final logits, and for a head that is missing or quantised.
+        ValueError: for a cap on the final logits, for a head that is missing or quantised, and for
+            a model that scales what its head gives.
     """
     config = model.config.get_text_config()
-    cap = getattr(config, "final_logit_softcapping", None)
-    if cap:
-        raise ValueError(
-            f"{type(model).__name__} squashes its final logits (cap * tanh(z / cap), cap {cap:g}), "
-            "so a matrix on the logits is no matrix on the head; it cannot be folded. Set "
-            "final_logit_softcapping to null in its config.json if the model can do without"
-        )
+    for name in _CAPS:
+        if cap := getattr(config, name, None):
+            raise ValueError(
+                f"{type(model).__name__} squashes its final logits (cap * tanh(z / cap), cap "
+                f"{cap:g}), so a matrix on the logits is no matrix on the head; it cannot be "
+                f"folded. Set {name} to null in its config.json if the model can do without"
+            )
     head = model.get_output_embeddings()
     if head is None:
         raise ValueError(f"{type(model).__name__} has no output head to fold into")
@@ -62,3 +69,19 @@ def check_foldable(model: PreTrainedModel) -> None:
             f"the output head of {type(model).__name__} is quantised "
             f"({type(head).__name__}); fold into the unquantised checkpoint, then quantise that"
         )
+    if model.device.type != "meta" and not _is_linear(model, weight, head.bias):  # type: ignore[arg-type]
+        raise ValueError(
+            f"{type(model).__name__} serves other logits than its head gives: it scales them "
+            "afterwards, so a head would be trained for logits that nobody sees; fold the scale "
+            "into the head's weights first"
+        )
+
+
+@torch.inference_mode()
+def _is_linear(model: PreTrainedModel, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether some logits are the head's product with the last hidden states."""
+    ids = torch.arange(min(len(weight), 8), device=model.device).unsqueeze(0)
+    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    wanted = F.linear(hidden, weight, bias).float()
+    given = model(input_ids=ids, use_cache=False).logits.float()
+    return bool((given - wanted).norm() <= 0.05 * wanted.norm())

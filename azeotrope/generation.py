@@ -74,7 +74,9 @@ def generate(
         return []
     written: list[list[int]] = [[] for _ in range(rows)]
     finished = [False] * rows
-    uniforms = None if sampling.temperature == 0 else _uniforms(seeds or (), sampling)
+    draws = _uniforms(seeds or (), rows, sampling)
+    temperatures = torch.full((rows,), sampling.temperature, dtype=torch.float64)
+    top_p = torch.full((rows,), sampling.top_p, dtype=torch.float64)
     input_ids, attention = pad_left(prompts, pad_id, model.device)
     positions = (attention.cumsum(1) - 1).clamp(min=0)
     active = list(range(rows))
@@ -91,8 +93,7 @@ def generate(
         logits = output.logits[:, -1].float()
         if adjust_logits is not None:
             logits = adjust_logits(logits, [written[row] for row in active])
-        draws = None if uniforms is None else uniforms[active, step].to(logits.device)
-        tokens = _choose(logits, sampling, draws).tolist()
+        tokens = choose(logits, temperatures[active], top_p[active], draws[active, step]).tolist()
         keep: list[int] = []
         for index, (row, token) in enumerate(zip(active, tokens, strict=True)):
             written[row].append(token)
@@ -124,7 +125,7 @@ def _check(
     longest = max((len(prompt) for prompt in prompts), default=1)
     if any(len(prompt) == 0 for prompt in prompts):
         raise ValueError("a prompt has no tokens; every prompt needs at least one")
-    context = int(getattr(model.config, "max_position_embeddings", 1 << 30))
+    context = context_of(model)
     if longest + sampling.max_new_tokens > context:
         raise ValueError(
             f"a prompt of {longest} tokens and max_new_tokens={sampling.max_new_tokens} exceed "
@@ -132,16 +133,21 @@ def _check(
         )
 
 
-def _uniforms(seeds: Sequence[int], sampling: Sampling) -> Float[Tensor, "rows steps"]:
-    draws = [
-        torch.rand(
-            sampling.max_new_tokens,
-            dtype=torch.float64,
-            generator=torch.Generator().manual_seed(seed),
-        )
-        for seed in seeds
-    ]
-    return torch.stack(draws)
+def context_of(model: PreTrainedModel) -> int:
+    """The greatest number of positions that the model was made for."""
+    return int(getattr(model.config, "max_position_embeddings", 1 << 30))
+
+
+def uniforms(seed: int, count: int) -> Float[Tensor, " steps"]:
+    """The random numbers of one row, one for each token that it may write."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(count, dtype=torch.float64, generator=generator)
+
+
+def _uniforms(seeds: Sequence[int], rows: int, sampling: Sampling) -> Float[Tensor, "rows steps"]:
+    if sampling.temperature == 0:
+        return torch.zeros(rows, sampling.max_new_tokens, dtype=torch.float64)
+    return torch.stack([uniforms(seed, sampling.max_new_tokens) for seed in seeds])
 
 
 def pad_left(
@@ -157,25 +163,41 @@ def pad_left(
     return input_ids.to(device), attention.to(device)
 
 
-def _choose(
+def choose(
     logits: Float[Tensor, "rows vocab"],
-    sampling: Sampling,
-    draws: Float[Tensor, " rows"] | None,
+    temperatures: Float[Tensor, " rows"],
+    top_p: Float[Tensor, " rows"],
+    draws: Float[Tensor, " rows"],
 ) -> Int[Tensor, " rows"]:
-    if draws is None:
-        return logits.argmax(-1)
-    probabilities = torch.softmax(logits.double() / sampling.temperature, dim=-1)
-    if sampling.top_p < 1.0:
-        ordered, order = probabilities.sort(dim=-1, descending=True)
-        # A token stays if the mass before it is below top_p, so the first one always stays.
-        outside = ordered.cumsum(-1) - ordered >= sampling.top_p
-        probabilities = torch.zeros_like(probabilities).scatter(
-            -1, order, ordered.masked_fill(outside, 0.0)
-        )
+    """The next token of each row, which depends on that row's numbers alone.
+
+    Args:
+        temperatures: 0 takes the most likely token.
+        top_p: nucleus, the least mass kept; 1 keeps everything.
+        draws: uniform in [0, 1), in float64; not looked at where the temperature is 0.
+    """
+    likeliest = logits.argmax(-1)
+    is_drawn = temperatures > 0
+    if not is_drawn.any():
+        return likeliest
+    device = logits.device
+    # Rows that are not drawn divide by 1, and what they draw is thrown away.
+    divisors = temperatures.where(is_drawn, 1.0).to(device).unsqueeze(-1)
+    probabilities = torch.softmax(logits.double() / divisors, dim=-1)
+    cut = ((top_p < 1.0) & is_drawn).nonzero().squeeze(-1)
+    if len(cut):
+        at = cut.to(device)
+        probabilities[at] = _nucleus(probabilities[at], top_p[cut].to(device))
     cumulative = probabilities.cumsum(-1)
-    goals = (draws * cumulative[:, -1]).unsqueeze(-1)
-    return (
-        torch.searchsorted(cumulative, goals, right=True)
-        .squeeze(-1)
-        .clamp(max=logits.shape[-1] - 1)
-    )
+    goals = (draws.to(device) * cumulative[:, -1]).unsqueeze(-1)
+    drawn = torch.searchsorted(cumulative, goals, right=True).squeeze(-1)
+    return torch.where(is_drawn.to(device), drawn.clamp(max=logits.shape[-1] - 1), likeliest)
+
+
+def _nucleus(
+    probabilities: Float[Tensor, "rows vocab"], top_p: Float[Tensor, " rows"]
+) -> Float[Tensor, "rows vocab"]:
+    ordered, order = probabilities.sort(dim=-1, descending=True)
+    # A token stays if the mass before it is below top_p, so the first one always stays.
+    outside = ordered.cumsum(-1) - ordered >= top_p.unsqueeze(-1)
+    return torch.zeros_like(probabilities).scatter(-1, order, ordered.masked_fill(outside, 0.0))

@@ -1,6 +1,7 @@
 """A step of CMI: the closed form of the cosine's gradient, against double backward.
 
     python -m benchmarks.cmi_step
+    python -m benchmarks.cmi_step --shape pocket --steps 3
 
 Both compute the gradient of the cosine between what a surrogate learns from clean and from defended
 forward KL, with respect to the same matrix, on the same texts. The gradients must agree to 1e-4 of
@@ -124,7 +125,7 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def compare(shape: Shape) -> dict[str, dict[str, Any]]:
+def compare(shape: Shape, steps: int) -> dict[str, dict[str, Any]]:
     """Both variants, turn by turn; the first step of each warms up and is not timed."""
     children = {
         method: subprocess.Popen(
@@ -136,7 +137,7 @@ def compare(shape: Shape) -> dict[str, dict[str, Any]]:
         for method in METHODS
     }
     found: dict[str, list[dict[str, Any]]] = {method: [] for method in METHODS}
-    for _ in range(shape.steps + 1):
+    for _ in range(steps + 1):
         for method, process in children.items():
             assert process.stdin is not None
             assert process.stdout is not None
@@ -147,10 +148,10 @@ def compare(shape: Shape) -> dict[str, dict[str, Any]]:
         process.communicate()
     return {
         method: {
-            **steps[-1],
-            "seconds": statistics.median(step["seconds"] for step in steps[1:]),
+            **taken[-1],
+            "seconds": statistics.median(step["seconds"] for step in taken[1:]),
         }
-        for method, steps in found.items()
+        for method, taken in found.items()
     }
 
 
@@ -161,18 +162,30 @@ def difference(ours: dict[str, Any], theirs: dict[str, Any]) -> float:
     return apart / max(sum(other**2 for _, other in pairs) ** 0.5, 1e-30)
 
 
+def _positive(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"must be 1 or more, got {number}")
+    return number
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    names = [*(shape.name for shape in SHAPES), "both"]
+    parser.add_argument("--shape", choices=names, default="both")
+    parser.add_argument("--steps", type=_positive, help="steps that count (pocket 10, wide 2)")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
-    given = parser.parse_args().child
-    if given:
-        child(next(shape for shape in SHAPES if shape.name == given[0]), given[1])
+    given = parser.parse_args()
+    if given.child:
+        name, method = given.child
+        child(next(shape for shape in SHAPES if shape.name == name), method)
         return
     table = Table("shape", "tokens", "vocabulary", "ms closed form", "ms double backward")
     for name in ("time", "MB closed form", "MB double backward", "memory", "gradients differ by"):
         table.add_column(name)
     for shape in SHAPES:
-        found = compare(shape)
+        if given.shape not in (shape.name, "both"):
+            continue
+        found = compare(shape, given.steps or shape.steps)
         ours, theirs = (found[method] for method in METHODS)
         apart = difference(ours, theirs)
         table.add_row(

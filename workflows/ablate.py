@@ -4,9 +4,9 @@
     python -m workflows.ablate pocket_logits kd_weight 0.25,0.5,0.75,1 seeds=[0]
 
 Settings of the first defense: `strength`, `rank`, `layer`, or any path within it, such as
-`training.rarest`. Settings of the attacks on logits: `kd_weight`, `temperature`. Exams are on the
-validation problems, because this is how settings are chosen; and heads are trained without a
-utility floor, so that the cost of a setting shows.
+`training.rarest`. Settings of the attacks on logits: `kd_weight`, `temperature` (or `tau`). Exams
+are on the validation problems, because this is how settings are chosen; and heads are trained
+without a utility floor, so that the cost of a setting shows.
 """
 
 import json
@@ -28,6 +28,7 @@ from workflows.pipeline import show, wide_console
 from workflows.settings import DefenseChoice, ExperimentConfig, load
 
 OF_ATTACKS = ("kd_weight", "temperature")
+ALSO_CALLED = {"tau": "temperature"}
 OF_DEFENSE = {name: f"parts.0.{name}" for name in ("strength", "rank", "layer")}
 _WIDE = 8
 
@@ -53,6 +54,7 @@ def vary(config: ExperimentConfig, setting: str, values: Sequence[Any]) -> Exper
     Raises:
         ConfigError: if there is nothing to vary, or a value does not fit.
     """
+    setting = ALSO_CALLED.get(setting, setting)
     if len(set(map(str, values))) < 2:
         raise ConfigError(f"an ablation compares two values or more, got {list(values)}")
     if not config.defenses:
@@ -99,6 +101,7 @@ def _without_floor(choice: DefenseChoice) -> DefenseChoice:
 
 def plot(rows: Sequence[Row], setting: str, values: Sequence[Any]) -> Plot:
     """Accuracy of the teacher and of every student against the setting."""
+    setting = ALSO_CALLED.get(setting, setting)
     numbers = all(isinstance(value, int | float) for value in values)
     lines: dict[str, list[tuple[float, list[Accuracy]]]] = {}
     for place, value in enumerate(values):

@@ -5,12 +5,16 @@ from typing import Annotated
 
 import typer
 
+from workflows.keys import StorePath
+from workflows.keys import app as keys
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     help="Make a language model's outputs useful to read and poor to distil, and prove it.",
 )
+app.add_typer(keys, name="keys")
 ConfigName = Annotated[str, typer.Argument(help="a shipped configuration or a YAML file")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key.sub=value ...")]
 
@@ -63,7 +67,7 @@ def attack(
 def ablate(
     config: ConfigName,
     setting: Annotated[
-        str, typer.Argument(help="strength, rank, layer, kd_weight, temperature, or a path")
+        str, typer.Argument(help="strength, rank, layer, kd_weight, temperature (tau), or a path")
     ],
     values: Annotated[str, typer.Argument(help="two or more, with commas between them")],
     overrides: Overrides = None,
@@ -84,6 +88,53 @@ def evaluate(
     from workflows.evaluate import main as run
 
     run(config, model, overrides or [])
+
+
+@app.command()
+def usage(
+    key: Annotated[str | None, typer.Option(metavar="ID", help="of one key alone")] = None,
+    store: StorePath = None,
+    redis: Annotated[
+        str | None,
+        typer.Option(
+            envvar="AZEOTROPE_REDIS_URL",
+            help="URL of the ledger, if gateways on several nodes share one",
+        ),
+    ] = None,
+) -> None:
+    """Show what each API key used, day by day."""
+    from workflows.usage import main as run
+
+    run(key, store, redis)
+
+
+@app.command()
+def serve(
+    source: Annotated[str, typer.Argument(help="a run, a checkpoint's folder, or pocket/NAME")],
+    overrides: Overrides = None,
+    policy: Annotated[str | None, typer.Option(help="a YAML file of tiers and limits")] = None,
+    write: Annotated[
+        str | None, typer.Option(help="write a file for `serve deploy` in place of serving")
+    ] = None,
+) -> None:
+    """Serve a defended teacher behind the gateway, until it is interrupted."""
+    from workflows.serve import main as run
+
+    run(source, overrides or [], policy, write)
+
+
+@app.command()
+def audit(
+    url: Annotated[str, typer.Argument(help="of an OpenAI-compatible endpoint, with /v1")],
+    key: Annotated[
+        str, typer.Option(help="an API key; better in AZEOTROPE_KEY", envvar="AZEOTROPE_KEY")
+    ] = "",
+    model: Annotated[str | None, typer.Option(help="null asks the endpoint")] = None,
+) -> None:
+    """Ask an endpoint everything that is known to leak, and say what leaked."""
+    from workflows.audit import main as run
+
+    raise typer.Exit(run(url, key, model))
 
 
 @app.command()

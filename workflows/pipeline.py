@@ -34,6 +34,7 @@ from azeotrope.evaluation import (
 from azeotrope.summary import plain_words
 from azeotrope.tables import result_table, teacher_table
 from workflows.display import Display
+from workflows.points import write_points
 from workflows.preflight import preflight
 from workflows.probes import probe
 from workflows.results import Cell, Taught, link_stages, rows_of, write_results
@@ -59,7 +60,9 @@ def run(config: ExperimentConfig, console: Console | None = None) -> Path:
         taught, students = _defend_and_rob(config, steps, clean)
         probed = probe(config, steps, clean, taught)
         rows = rows_of(config, clean, base, taught, students) + probed.rows
-        link_stages(folder, [clean.traces, *(t.traces for t in taught), *students.values()])
+        heads = [head for item in taught for head in item.heads]
+        link_stages(folder, [clean.traces, *(t.traces for t in taught), *heads, *students.values()])
+    write_points(config, folder, taught)
     write_results(config, folder, rows, clean, taught, students, probed.notes)
     return folder
 

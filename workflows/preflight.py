@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from actors.heads import CHECKED_PROMPTS
 from azeotrope import models, smollm2
 from azeotrope.config import ConfigError
+from azeotrope.folding import check_foldable
 from azeotrope.surrogate import check_vocabulary, first_block
 from azeotrope.tasks import build as build_task
 from azeotrope.tasks import is_local
@@ -90,7 +91,7 @@ def _problems(config: ExperimentConfig) -> None:
     exams = max(config.teacher_problems, config.exam_problems if config.students else 0)
     checked = [CHECKED_PROMPTS, *held_out] if trained else []
     lessons = [LESSON_PROBLEMS for choice in config.defenses if choice.lesson is not None]
-    probed = config.probe.information if config.probe else 0
+    probed = max(config.probe.information, config.probe.begun) if config.probe else 0
     wanted = {
         "train": max([config.most_traces, *(_own_problems(config, c) for c in config.defenses)]),
         "test": 0,
@@ -125,7 +126,13 @@ def _defenses(config: ExperimentConfig) -> None:
     cases = [(c, p) for c in config.defenses for p in c.resolve() if p.stage == "weights"]
     hidden = AutoConfig.from_pretrained(models.resolve(config.teacher)).get_text_config()
     teacher = models.load_tokenizer(config.teacher)
-    for choice, part in ((c, p) for c, p in cases if not p.is_identity):
+    cases = [(choice, part) for choice, part in cases if not part.is_identity]
+    if cases:
+        try:
+            check_foldable(_skeleton(config.teacher))
+        except ValueError as error:
+            raise ConfigError(f"teacher: {error}") from None
+    for choice, part in cases:
         try:
             part.check(hidden.hidden_size)
             if part.needs_truth and not choice.training.truth:
@@ -156,6 +163,11 @@ def _views(config: ExperimentConfig) -> None:
             raise ConfigError(
                 f"attack {item['name']}: view.top_k {top_k} is larger than the teacher's "
                 f"vocabulary of {tokens} tokens; lower it, or leave it out to see them all"
+            )
+        if top_k is not None and item.get("pairs"):
+            raise ConfigError(
+                f"attack {item['name']}: an inversion needs full logits; leave out view.top_k or "
+                "pairs"
             )
 
 

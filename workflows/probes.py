@@ -8,10 +8,13 @@ from typing import Any
 import torch
 
 from azeotrope import models, subspace
-from azeotrope.config import write_json
-from azeotrope.evaluation import Row
+from azeotrope.collect import finish
+from azeotrope.config import ConfigError, write_json
+from azeotrope.evaluation import Row, wilson
 from azeotrope.features import read_features
 from azeotrope.information import conditional_mutual_information
+from azeotrope.tasks import build as build_task
+from azeotrope.traces import read_traces
 from azeotrope.vocabulary import token_rows
 from workflows.results import Taught
 from workflows.settings import ExperimentConfig
@@ -23,6 +26,8 @@ TOP_K = 5
 """Log-probabilities that a generous API shows at a position."""
 DECIMALS = 2
 """To which the gateway rounds them; it takes no logit bias beside them."""
+BEGUN = 0.25
+"""Share of a right solution that a teacher is given as its own, to go on from there."""
 SPARE = 16
 """Prompts beyond the rank that is looked for, so that the end of the subspace shows."""
 
@@ -48,6 +53,12 @@ def probe(config: ExperimentConfig, steps: Steps, clean: Taught, taught: list[Ta
         stage = _information(config, steps, checkpoint, wanted.information)
         data = json.loads((stage.path / FILE).read_text())
         found.rows.append(_row(task, victim, "information", data, stage.seconds))
+    for victim in victims if wanted.begun else ():
+        checkpoint = victim.checkpoint or config.teacher
+        stage = _begun(config, steps, checkpoint, wanted.begun)
+        data = json.loads((stage.path / FILE).read_text())
+        metric = "accuracy where others began the answer"
+        found.rows.append(_row(task, victim, metric, data, stage.seconds))
     for name in wanted.subspace:
         whose = victims if name == "teacher" else [None]
         for victim in whose:
@@ -90,6 +101,27 @@ def _information(config: ExperimentConfig, steps: Steps, checkpoint: str, texts:
 
     with steps.display.task("information in the logits", 1):
         return steps.probe("information", checkpoint, make, features=features.key)
+
+
+def _begun(config: ExperimentConfig, steps: Steps, checkpoint: str, texts: int) -> Stage:
+    """A defense may keep a teacher useful in its own style alone; here the style is another's."""
+    truth = steps.held_out(texts)
+    right = [trace for trace in read_traces(truth.path) if trace.correct]
+    if not right:
+        raise ConfigError(f"probe.begun: none of {texts} ground-truth texts is right; take more")
+
+    def make(folder: Path) -> None:
+        loaded, task = models.load(checkpoint), build_task(config.task)
+        done = sum(
+            sum(finish(loaded, task, right[at : at + config.shard], config.greedy, share=BEGUN))
+            for at in range(0, len(right), config.shard)
+        )
+        data = {"value": done / len(right), "ci95": list(wilson(done, len(right)))}
+        write_json(folder / FILE, {**data, "n": len(right)})
+
+    with steps.display.task("answers that others began", 1):
+        greedy = config.greedy.dump()
+        return steps.probe("begun", checkpoint, make, texts=truth.key, share=BEGUN, greedy=greedy)
 
 
 def _subspace(config: ExperimentConfig, steps: Steps, checkpoint: str) -> Stage:

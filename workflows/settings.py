@@ -95,6 +95,12 @@ class Probe(Config):
     information: int = Field(
         default=400, ge=0, description="validation texts for the estimate of I(X; Z | Y); 0 skips"
     )
+    begun: int = Field(
+        default=0,
+        ge=0,
+        description="validation texts of the ground truth of which the right ones are begun for "
+        "the teacher, to be finished by it; 0 skips",
+    )
     subspace: tuple[str, ...] = Field(
         default=(),
         description="models whose hidden size is recovered through top-k logprobs; `teacher` is "

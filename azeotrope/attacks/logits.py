@@ -45,7 +45,9 @@ class LogitConfig(AttackConfig):
     kd_weight: float = Field(
         default=0.5, ge=0, le=1, description="share of distillation in the loss; CMI's is one half"
     )
-    temperature: float = Field(default=1.0, gt=0, description="of both distributions")
+    temperature: float = Field(
+        default=1.0, gt=0, allow_inf_nan=False, description="of both distributions"
+    )
     view: View = Field(default_factory=View, description="what the API shows of a distribution")
     contexts: Literal["truth", "own"] = Field(
         default="truth",

@@ -45,7 +45,9 @@ class Config(DefenseConfig):
     """The rank is the paper's; the scale of A and the strength were found on the pocket models."""
 
     name: Literal["cmi"] = "cmi"
-    strength: float = Field(default=0.1, ge=0, description="lambda; 0 leaves the head as it is")
+    strength: float = Field(
+        default=0.1, ge=0, allow_inf_nan=False, description="lambda; 0 leaves the head as it is"
+    )
     rank: int = Field(default=32, ge=1, description="r, at most the teacher's hidden size")
     layer: str = Field(
         default="penultimate",
@@ -60,7 +62,9 @@ class Config(DefenseConfig):
     parameters: dict[str, float] = Field(
         default_factory=dict, description="of the divergence, such as {a: 0.5} of alpha"
     )
-    temperature: float = Field(default=1.0, gt=0, description="of the surrogate's loss")
+    temperature: float = Field(
+        default=1.0, gt=0, allow_inf_nan=False, description="of the surrogate's loss"
+    )
     method: Literal["auto", "closed_form", "double_backward"] = Field(
         default="auto", description="auto takes the closed form wherever there is one"
     )
@@ -72,6 +76,7 @@ class Config(DefenseConfig):
     scale: float = Field(
         default=3.0,
         gt=0,
+        allow_inf_nan=False,
         description="standard deviation of A times sqrt(V), or of C times sqrt(d)",
     )
     utility_on: Contexts = Field(
@@ -154,6 +159,11 @@ class Cmi(Defense):
         self.layer = config.layer
         self.needs_truth = "truth" in (config.utility_on, config.cosine_on)
         self.divergence = divergences.by_name(config.divergence, **config.parameters)
+        if config.divergence == "alphanet":
+            raise ValueError(
+                "divergence alphanet holds the teacher fixed in its published gradient, so nothing "
+                "would reach the matrix; use alpha or alpha_beta"
+            )
         linear = config.divergence == "forward_kl"
         if config.method == "closed_form" and not linear:
             raise ValueError(

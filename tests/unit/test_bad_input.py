@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from transformers import LlamaConfig, PreTrainedTokenizerFast
+from transformers import Gemma2Config, LlamaConfig, PreTrainedTokenizerFast
 
 from azeotrope import models
 from azeotrope.config import ConfigError
@@ -277,6 +277,10 @@ def test_the_logit_side_is_content_with_what_is_there(tmp_path: Path) -> None:
             ["attacks=[{name: forward_kl, view: {top_k: 0}}]"],
             "attack forward_kl: view.top_k: Input should be greater than or equal to 1, got 0",
         ),
+        (
+            ["attacks=[{name: forward_kl, pairs: 8, view: {top_k: 5}}]"],
+            "attack forward_kl: an inversion needs full logits; leave out view.top_k or pairs",
+        ),
         (["probe.subspace=[pocket/smal]"], "no pocket model 'pocket/smal'; there are"),
         (["probe.information=3"], "the estimate needs 4 texts, or 0 to skip it"),
         (["defenses.0.lesson.attacks=[]"], "defenses.0.lesson.attacks"),
@@ -302,6 +306,23 @@ def test_a_surrogate_of_another_vocabulary_is_refused(refused, tmp_path: Path) -
     message = refused(f"proxies=[{place}]", yaml=CMI)
     assert message.startswith(f"defense cmi: the surrogate {place} has another vocabulary (129 ")
     assert message.endswith("take a proxy of the teacher's family")
+
+
+def test_a_teacher_that_caps_its_logits_is_refused_before_it_writes(
+    refused, tmp_path: Path
+) -> None:
+    # It knows the proxies' tokens; there are no weights that could be loaded.
+    place = tmp_path / "capped"
+    models.load_tokenizer("pocket/teacher").save_pretrained(place)
+    Gemma2Config(
+        vocab_size=129, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=8, max_position_embeddings=256,
+        final_logit_softcapping=30.0,
+    ).save_pretrained(place)  # fmt: skip
+    for yaml in (CMI, "name: trial\ndefenses: [{parts: [{name: doge}]}]\n"):
+        message = refused(f"teacher={place}", "defenses.0.parts.0.strength=0.1", yaml=yaml)
+        assert message.startswith("teacher: Gemma2ForCausalLM squashes its final logits")
+        assert "it cannot be folded. Set final_logit_softcapping to null" in message
 
 
 def test_every_problem_that_a_run_asks_for_is_counted(refused, tmp_path: Path) -> None:

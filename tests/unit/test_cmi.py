@@ -1,6 +1,7 @@
 """CMI's gradient against autograd and finite differences, and the matrix that it leaves behind."""
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -509,6 +510,13 @@ def test_a_rank_beyond_the_hidden_size_is_refused(teacher: models.Loaded) -> Non
             "method closed_form needs forward_kl: the gradient of reverse_kl is not linear in the "
             "teacher's probabilities; use auto or double_backward",
         ),
+        ({"strength": math.inf}, "strength: Input should be a finite number"),
+        ({"temperature": math.inf}, "temperature: Input should be a finite number"),
+        (
+            {"divergence": "alphanet"},
+            "divergence alphanet holds the teacher fixed in its published gradient, so nothing "
+            "would reach the matrix; use alpha or alpha_beta",
+        ),
         ({"divergence": "kl"}, "unknown divergence 'kl'; there are forward_kl, reverse_kl,"),
         ({"divergence": "alpha"}, "alpha takes the parameters: a (it needs: a); got: none"),
         (
@@ -542,6 +550,8 @@ def test_settings_that_make_no_sense_are_refused_in_one_line(
         ("forward_kl", {}),
         ("reverse_kl", {}),
         ("alpha", {"a": 0.5}),
+        ("alpha_beta", {"a": 0.2, "b": 0.7}),
+        ("skew_kl", {}),
         ("jensen_shannon", {}),
     ],
 )

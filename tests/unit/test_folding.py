@@ -4,7 +4,17 @@ refused."""
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import BertConfig, BertModel, Gemma2Config, Gemma2ForCausalLM, PreTrainedModel
+from transformers import (
+    BertConfig,
+    BertModel,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+    PreTrainedModel,
+    RecurrentGemmaConfig,
+    RecurrentGemmaForCausalLM,
+)
 
 from azeotrope import heads, models
 from azeotrope.defenses.base import Head
@@ -141,6 +151,42 @@ def test_a_cap_on_the_logits_is_refused() -> None:
     with pytest.raises(ValueError, match=message):
         check_foldable(gemma(30.0))
     check_foldable(gemma(None))
+
+
+def test_a_cap_of_another_name_is_refused_without_weights() -> None:
+    config = RecurrentGemmaConfig(
+        vocab_size=20, hidden_size=8, intermediate_size=16, num_hidden_layers=3,
+        num_attention_heads=2, lru_width=8, logits_soft_cap=20.0,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = RecurrentGemmaForCausalLM(config)
+    with pytest.raises(ValueError, match=r"cap 20\).*Set logits_soft_cap to null"):
+        check_foldable(model)
+
+
+def granite(scaling: float) -> PreTrainedModel:
+    """A family that divides what its head gives."""
+    torch.manual_seed(0)
+    config = GraniteConfig(
+        vocab_size=20,
+        hidden_size=8,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        logits_scaling=scaling,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    return GraniteForCausalLM(config).eval()
+
+
+def test_a_model_that_scales_its_logits_is_refused() -> None:
+    check_foldable(granite(1.0))
+    message = "GraniteForCausalLM serves other logits than its head gives: it scales them"
+    with pytest.raises(ValueError, match=message):
+        check_foldable(granite(8.0))
 
 
 class Quantised(nn.Module):

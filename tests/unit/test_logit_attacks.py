@@ -696,6 +696,7 @@ def test_a_snapshot_is_a_state_of_the_same_model(teacher, features) -> None:
         ({"kd_weight": 1.5}, "kd_weight: .*less than or equal to 1, got 1.5"),
         ({"kd_weight": -0.1}, "kd_weight: .*greater than or equal to 0, got -0.1"),
         ({"temperature": 0}, "temperature: .*greater than 0, got 0"),
+        ({"temperature": math.inf}, "temperature: .*finite number"),
         ({"pairs": -1}, "pairs: .*greater than or equal to 0, got -1"),
         ({"contexts": "both"}, "contexts: .*'truth' or 'own', got 'both'"),
         ({"view": {"top_k": 0}}, "view.top_k: .*greater than or equal to 1, got 0"),

@@ -1,6 +1,7 @@
 """What a run measures of its teachers' logits: on the right texts, of the right head, once."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,9 +9,11 @@ import torch
 
 from actors.teacher import FeatureJob, TeacherActor
 from azeotrope import models, tasks
+from azeotrope.collect import collect, finish
 from azeotrope.config import write_json
 from azeotrope.export import head_from, put_head
 from azeotrope.features import compute
+from azeotrope.generation import Sampling
 from azeotrope.information import conditional_mutual_information
 from azeotrope.tokens import Boundary, encode
 from azeotrope.traces import ground_truth
@@ -162,6 +165,40 @@ def test_only_teachers_that_are_a_checkpoint_are_measured(tmp_path: Path) -> Non
     made = steps(tmp_path, Probe(information=0, subspace=("teacher",)))
     found = probe(made.config, made, clean(tmp_path), [rewritten, text])
     assert {row.defense for row in found.rows} == {"none"}
+
+
+def test_answers_that_others_began_are_finished_by_every_teacher(tmp_path: Path) -> None:
+    flat = victim("flat", tmp_path, 0.0)
+    made = steps(tmp_path, Probe(information=0, begun=TEXTS))
+    found = probe(made.config, made, clean(tmp_path), [flat])
+    task = tasks.build(tasks.PocketConfig())
+    right = [t for t in ground_truth(task, task.problems("validation", TEXTS)) if t.correct]
+    assert 5 < len(right) < TEXTS, "slips are no fair beginning"
+    assert [(row.defense, row.n) for row in found.rows] == [
+        ("none", len(right)),
+        ("flat", len(right)),
+    ]
+    assert {row.metric for row in found.rows} == {"accuracy where others began the answer"}
+    # The teacher goes on from a beginning as from its own; a head that says nothing does not.
+    assert found.rows[0].value >= 0.9
+    assert found.rows[1].value == 0
+    for row in found.rows:
+        assert row.ci95[0] <= row.value <= row.ci95[1]
+
+
+def test_of_a_text_that_nobody_began_the_model_writes_everything() -> None:
+    loaded, task = models.load("pocket/small", device="cpu"), tasks.build(tasks.PocketConfig())
+    problems = task.problems("validation", 30)
+    sampling = Sampling(temperature=1.0, max_new_tokens=48)
+    texts = [replace(t, correct=True) for t in ground_truth(task, problems)]
+    alone = finish(loaded, task, texts, sampling, share=0.0)
+    assert alone == [t.correct for t in collect(loaded, task, problems, sampling)]
+    # Nearly all of a right solution is a help to a student that knows little.
+    right = [t for t in ground_truth(task, problems) if t.correct]
+    helped = finish(loaded, task, right, sampling, share=0.9)
+    assert sum(helped) / len(right) > 0.1 + sum(alone) / len(alone)
+    with pytest.raises(ValueError, match=r"share must be in \[0, 1\), got 1.0"):
+        finish(loaded, task, right, sampling, share=1.0)
 
 
 def test_without_a_probe_nothing_is_measured(tmp_path: Path) -> None:

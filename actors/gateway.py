@@ -1,0 +1,121 @@
+"""The gateway as Serve replicas: each opens the shared stores and answers HTTP."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI
+from pydantic import Field
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+
+from actors.engine import RemoteEngine
+from azeotrope import models
+from azeotrope.config import Config
+from azeotrope.defenses import base as defenses
+from azeotrope.gateway.app import create_app
+from azeotrope.gateway.audit_log import AuditLog
+from azeotrope.gateway.keys import KEYS_FILE, KeyStore
+from azeotrope.gateway.ledger import LEDGER_FILE, Ledger, SqliteLedger
+from azeotrope.gateway.metrics import SHARED
+from azeotrope.gateway.policy import Policy
+from azeotrope.gateway.service import Gateway, Model
+from azeotrope.tasks import TaskConfig
+from azeotrope.tokens import Boundary
+
+LOGS, METRICS = "audit", "metrics"
+
+
+class GatewaySettings(Config):
+    """What one gateway replica works with."""
+
+    name: str = Field(description="of the model, for clients")
+    tokenizer: str = Field(description="the checkpoint whose tokenizer and context are meant")
+    context: int | None = None
+    boundary: Boundary = Field(default_factory=Boundary)
+    rewriting: tuple[dict[str, Any], ...] = Field(default=(), description="text-stage defenses")
+    policy: Policy = Field(default_factory=Policy)
+    store: str = Field(description="folder of keys, quotas and logs")
+    redis: str | None = Field(
+        default=None, description="address of a Redis for quotas, where there are several nodes"
+    )
+    demo: bool = False
+    task: TaskConfig | None = Field(default=None, description="whose problems the page shows")
+    report: str | None = Field(default=None, description="a report.html that the page links to")
+
+
+def open_ledger(settings: GatewaySettings) -> Ledger:
+    if settings.redis is not None:
+        from azeotrope.gateway.redis_ledger import RedisLedger
+
+        return RedisLedger(settings.redis)
+    return SqliteLedger(Path(settings.store) / LEDGER_FILE)
+
+
+def build_gateway(
+    settings: GatewaySettings, engine: RemoteEngine, undefended: RemoteEngine | None
+) -> Gateway:
+    """Open every store. Whatever cannot be opened stops the replica: it does not serve without."""
+    model = Model(
+        name=settings.name,
+        tokenizer=models.load_tokenizer(settings.tokenizer),
+        context=settings.context or models.context_length(settings.tokenizer),
+        engine=engine,
+        undefended=undefended,
+        boundary=settings.boundary,
+        rewriting=tuple(defenses.resolve(dict(item)) for item in settings.rewriting),
+    )
+    store = Path(settings.store)
+
+    async def ready() -> bool:
+        return await engine.ready() and (undefended is None or await undefended.ready())
+
+    return Gateway(
+        model,
+        settings.policy,
+        KeyStore(store / KEYS_FILE, must_exist=True),
+        open_ledger(settings),
+        AuditLog(store / LOGS),
+        ready=ready,
+    )
+
+
+@serve.ingress()
+class GatewayReplica:
+    """Answers HTTP; the application is made in the replica, where its stores are."""
+
+    def __init__(
+        self,
+        settings: dict[str, Any],
+        engine: DeploymentHandle,
+        undefended: DeploymentHandle | None = None,
+    ) -> None:
+        self.settings = GatewaySettings.model_validate(settings)
+        clean = RemoteEngine(undefended) if undefended is not None else None
+        self.gateway = build_gateway(self.settings, RemoteEngine(engine), clean)
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        app = create_app(self.gateway)
+        if self.settings.task is not None:
+            from azeotrope.gateway.playground import add_page
+
+            add_page(
+                app,
+                self.gateway,
+                self.settings.task,
+                demo=self.settings.demo,
+                report=Path(self.settings.report) if self.settings.report else None,
+            )
+        return app
+
+    def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """New rules without a restart: `user_config` of the deployment is a policy."""
+        self.gateway.apply(Policy.model_validate(user_config))
+
+
+def environment(store: Path) -> dict[str, str]:
+    """Variables that a replica must have before its first import."""
+    return {
+        SHARED: str(store / METRICS),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
+    }

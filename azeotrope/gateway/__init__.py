@@ -1,0 +1,1 @@
+"""What stands between an engine and the outside: requests in, answers out, and nothing else."""

@@ -1,0 +1,60 @@
+"""Counts and times for Prometheus. Labels are tiers and reasons: no key and no text is in them."""
+
+import os
+
+from prometheus_client import (
+    CONTENT_TYPE_LATEST,
+    CollectorRegistry,
+    Counter,
+    Histogram,
+    generate_latest,
+    multiprocess,
+)
+
+SHARED = "PROMETHEUS_MULTIPROC_DIR"
+"""Names a folder in which all replicas of a node keep their numbers, so that each can give all."""
+
+
+class Metrics:
+    """The numbers of this process, in a registry of its own unless they are shared."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(f"azeotrope_{name}", text, labels, registry=self.registry)
+
+        self._requests = counter("requests", "requests answered to their end", "tier")
+        self._refused = counter("refused", "requests refused, by the station that did", "why")
+        self._tokens = counter("tokens", "tokens of settled requests", "kind")
+        self._extraction = counter("extraction_looks", "looks at a key's last requests", "found")
+        self._first = Histogram(
+            "azeotrope_first_token_seconds",
+            "from the engine's call to its first token",
+            registry=self.registry,
+            buckets=(0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30),
+        )
+
+    def answered(self, tier: str) -> None:
+        self._requests.labels(tier).inc()
+
+    def refused(self, why: str) -> None:
+        self._refused.labels(why).inc()
+
+    def tokens(self, prompt: int, completion: int) -> None:
+        self._tokens.labels("prompt").inc(prompt)
+        self._tokens.labels("completion").inc(completion)
+
+    def extraction(self, suspicious: bool) -> None:
+        self._extraction.labels("suspicious" if suspicious else "nothing").inc()
+
+    def first_token(self, seconds: float) -> None:
+        self._first.observe(seconds)
+
+    def page(self) -> tuple[bytes, str]:
+        """The exposition and its content type."""
+        registry = self.registry
+        if os.environ.get(SHARED):
+            registry = CollectorRegistry()
+            multiprocess.MultiProcessCollector(registry)
+        return generate_latest(registry), CONTENT_TYPE_LATEST

@@ -1,0 +1,89 @@
+"""What each tier of keys may ask for, and how much of it."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from azeotrope.config import Config
+
+MOST_LOGPROBS = 5
+
+
+class Tier(Config):
+    """The rules of one group of keys."""
+
+    logprobs: Literal["none", "top1", "topk"] = Field(
+        default="none",
+        description="numbers shown beside the text, always of the defended distribution: none; "
+        "those of the tokens written; or of the likeliest `top_k` too",
+    )
+    top_k: int = Field(default=MOST_LOGPROBS, ge=1, le=MOST_LOGPROBS)
+    decimals: int = Field(
+        default=2, ge=0, le=4, description="log-probabilities are rounded to so many"
+    )
+    bans: bool = Field(
+        default=False,
+        description="whether logit_bias may forbid tokens (-100 and nothing else); it is never "
+        "taken beside logprobs",
+    )
+    temperature: tuple[float, float] = Field(
+        default=(0.0, 2.0), description="least and greatest; a watermark wants a least above 0"
+    )
+    n: int = Field(default=4, ge=1, le=16, description="completions of one request")
+    max_tokens: int = Field(default=2048, ge=1, description="of one completion")
+    reasoning: Literal["shown", "summary", "cut"] = Field(
+        default="shown",
+        description="`cut` shows the answer alone, which is the baseline `answers_only`; `summary` "
+        "puts one line in the reasoning's place that says how long it was",
+    )
+    strength: float | None = Field(
+        default=None, ge=0, description="of decoding defenses; null takes the configured one"
+    )
+    requests_per_minute: int = Field(default=600, ge=1)
+    tokens_per_minute: int = Field(default=200_000, ge=1)
+    tokens_per_day: int = Field(default=5_000_000, ge=1)
+    concurrency: int = Field(default=64, ge=1, description="completions under way at once")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "Tier":
+        least, greatest = self.temperature
+        if not 0 <= least <= greatest:
+            raise ValueError(f"temperature must be [least, greatest], got [{least}, {greatest}]")
+        return self
+
+
+class Extraction(Config):
+    """What to do about keys whose requests look like somebody collecting a data set."""
+
+    action: Literal["observe", "throttle", "block"] = Field(
+        default="observe", description="`observe` writes the audit log and changes nothing"
+    )
+    threshold: float = Field(default=0.7, gt=0, le=1, description="score from which to act")
+    window: int = Field(default=500, ge=10, description="requests of a key that are looked at")
+    every: int = Field(default=20, ge=1, description="requests between two looks")
+    throttle: float = Field(
+        default=0.1, gt=0, le=1, description="share of its quotas that a throttled key keeps"
+    )
+
+
+class Policy(Config):
+    """All rules of one gateway."""
+
+    tiers: dict[str, Tier] = Field(
+        default_factory=lambda: {
+            "standard": Tier(),
+            "trusted": Tier(logprobs="topk", bans=True),
+            "answers": Tier(reasoning="cut"),
+        },
+        min_length=1,
+    )
+    extraction: Extraction = Field(default_factory=Extraction)
+    in_flight: int = Field(
+        default=128,
+        ge=1,
+        description="requests in one gateway replica; more are refused before the engine sees them",
+    )
+    most_bytes: int = Field(default=1 << 20, ge=1024, description="of a request's body")
+    timeout_s: float = Field(
+        default=120.0, gt=0, description="from a request's arrival to its last token"
+    )

@@ -1,0 +1,270 @@
+"""Requests that are known to leak on some server, and what of the answer would be the leak."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+CHAT, TEXT = "/chat/completions", "/completions"
+PROMPT = "joe has 2 eggs . he drops 1 . how many eggs does joe have ?"
+MOST_LOGPROBS = 5
+MOST_DECIMALS = 4
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One request, and what of its answer would be a leak."""
+
+    name: str
+    path: str
+    body: Mapping[str, Any]
+    leaks: Callable[[dict[str, Any]], str]
+    """What an accepted answer gives away; empty if nothing."""
+
+
+def messages() -> list[dict[str, Any]]:
+    return [{"role": "user", "content": PROMPT}]
+
+
+def probes() -> Iterator[Probe]:
+    chat, text = {"messages": messages()}, {"prompt": PROMPT}
+    for value in (0, 1, -1):
+        yield Probe(f"prompt_logprobs={value}", CHAT, chat | {"prompt_logprobs": value}, _prompt)
+    yield Probe("completions: prompt_logprobs", TEXT, text | {"prompt_logprobs": 1}, _prompt)
+    yield Probe("echo", TEXT, text | {"echo": True}, _echoes)
+    yield Probe("echo and logprobs", TEXT, text | {"echo": True, "logprobs": 1}, _echoes)
+    yield Probe("echo, no tokens", TEXT, text | {"echo": True, "max_tokens": 0}, _echoes)
+    numbers = {"logprobs": True, "top_logprobs": 5}
+    ids = {"logprob_token_ids": list(range(64))}
+    yield Probe("logprob_token_ids", CHAT, chat | {"logprobs": True} | ids, _accepted)
+    yield Probe("completions: logprob_token_ids", TEXT, text | {"logprobs": 1} | ids, _accepted)
+    bias = {"logit_bias": {"5": 100, "6": 100}}
+    yield Probe("logit_bias and logprobs", CHAT, chat | numbers | bias, _has_numbers)
+    yield Probe("completions: the same", TEXT, text | {"logprobs": 5} | bias, _has_numbers)
+    yield Probe(
+        "ban and logprobs", CHAT, chat | numbers | {"logit_bias": {"5": -100}}, _has_numbers
+    )
+    yield Probe("a bias that is no ban", CHAT, chat | {"logit_bias": {"5": 7.5}}, _accepted)
+    yield Probe("top_logprobs=20", CHAT, chat | {"logprobs": True, "top_logprobs": 20}, _too_many)
+    yield Probe("logprobs=20", TEXT, text | {"logprobs": 20}, _too_many)
+    yield Probe("precision", CHAT, chat | numbers, _too_exact)
+    yield Probe("n=128", CHAT, chat | {"n": 128, "seed": 1, "max_tokens": 1}, _accepted)
+    for field, value in SWITCHES.items():
+        yield Probe(field, CHAT, chat | {field: value}, _accepted)
+    for field, value in TEXT_SWITCHES.items():
+        yield Probe(f"completions: {field}", TEXT, text | {field: value}, _accepted)
+    stray = [{"role": "user", "content": PROMPT, "stray": 1}]
+    yield Probe("stray field", CHAT, chat | {"stray": 1}, _accepted)
+    yield Probe("stray field in a message", CHAT, {"messages": stray}, _accepted)
+    part = [{"type": "text", "text": PROMPT, "stray": 1}]
+    yield Probe(
+        "stray field in a part", CHAT, {"messages": [{"role": "user", "content": part}]}, _accepted
+    )
+    options = {"stream": True, "stream_options": {"include_usage": True, "stray": 1}}
+    yield Probe("stray field in stream_options", CHAT, chat | options, _accepted)
+
+
+SWITCHES: dict[str, Any] = {
+    "vllm_xargs": {"strength": 0, "ads_lambda": 0},
+    "watermarking": False,
+    "use_beam_search": True,
+    "allowed_token_ids": [5, 6, 7],
+    "bad_words": ["a"],
+    "structured_outputs": {"choice": ["a", "b"]},
+    "response_format": {"type": "json_object"},
+    "guided_regex": "a|b",
+    "guided_choice": ["a", "b"],
+    "return_token_ids": True,
+    "return_tokens_as_token_ids": True,
+    "return_prompt_text": True,
+    "chat_template": "{{ messages[0]['content'] }}",
+    "chat_template_kwargs": {"enable_thinking": False},
+    "add_generation_prompt": False,
+    "continue_final_message": True,
+    "add_special_tokens": True,
+    "documents": [{"title": "a", "text": "b"}],
+    "tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}],
+    "include_reasoning": True,
+    "reasoning_effort": "high",
+    "echo": True,
+    "ignore_eos": True,
+    "min_tokens": 4,
+    "min_p": 0.1,
+    "top_k": 1,
+    "repetition_penalty": 1.2,
+    "length_penalty": 2.0,
+    "stop_token_ids": [5],
+    "include_stop_str_in_output": True,
+    "skip_special_tokens": False,
+    "spaces_between_special_tokens": False,
+    "truncate_prompt_tokens": 4,
+    "priority": -10,
+    "cache_salt": "mine",
+    "kv_transfer_params": {"do_remote_decode": True},
+    "mm_processor_kwargs": {},
+    "prompt_embeds": "AAAA",
+    "lora": "base",
+    "undefended": True,
+    "strength": 0,
+    "licence": "distillation",
+}
+"""Fields that engines act on and clients have no business with, with a value that they take."""
+
+TEXT_SWITCHES: dict[str, Any] = {
+    "best_of": 4,
+    "suffix": " end",
+    "prompt_embeds": "AAAA",
+    "use_beam_search": True,
+    "allowed_token_ids": [5, 6, 7],
+    "vllm_xargs": {"strength": 0},
+    "watermarking": False,
+    "return_token_ids": True,
+    "structured_outputs": {"choice": ["a", "b"]},
+    "stray": 1,
+}
+
+ROUTES = tuple(
+    ("POST", route)
+    for route in (
+        "/v1/responses",
+        "/v1/messages",
+        "/v1/embeddings",
+        "/v1/score",
+        "/v1/rerank",
+        "/v1/audio/transcriptions",
+        "/v1/load_lora_adapter",
+        "/v1/chat/completions/render",
+        "/v1/completions/render",
+        "/generative_scoring",
+        "/inference/v1/generate",
+        "/invocations",
+        "/tokenize",
+        "/detokenize",
+        "/score",
+        "/rerank",
+        "/pooling",
+        "/classify",
+        "/collective_rpc",
+        "/sleep",
+        "/pause",
+        "/reset_prefix_cache",
+        "/update_weights",
+        "/init_weight_transfer_engine",
+        "/start_profile",
+    )
+) + tuple(
+    ("GET", route)
+    for route in (
+        "/version",
+        "/server_info",
+        "/load",
+        "/docs",
+        "/redoc",
+        "/metrics",
+        "/tokenizer_info",
+    )
+)
+
+STRANGERS = (
+    ("no key", {}),
+    ("an empty key", {"authorization": "Bearer"}),
+    ("another key", {"authorization": "Bearer az-" + "A" * 43}),
+    ("another scheme", {"authorization": "Basic YTpi"}),
+)
+
+STREAMS = (
+    Probe("stream", CHAT, {"messages": messages(), "stream": True}, lambda _: ""),
+    Probe(
+        "stream with logprobs",
+        CHAT,
+        {"messages": messages(), "stream": True, "logprobs": True, "top_logprobs": 5},
+        lambda event: _too_exact(event) or _too_many(event),
+    ),
+    Probe("completions: stream", TEXT, {"prompt": PROMPT, "stream": True}, lambda _: ""),
+)
+
+
+def _accepted(_: dict[str, Any]) -> str:
+    return "accepted"
+
+
+def _prompt(answer: dict[str, Any]) -> str:
+    found = [value for key, value in _items(answer) if key == "prompt_logprobs" and value]
+    return "log-probabilities of the prompt" if found else ""
+
+
+def _echoes(answer: dict[str, Any]) -> str:
+    texts = [str(value) for key, value in _items(answer) if key == "text"]
+    return "the prompt is echoed" if any(PROMPT[:12] in text for text in texts) else ""
+
+
+def _has_numbers(answer: dict[str, Any]) -> str:
+    return "log-probabilities under a bias" if _numbers(answer) else ""
+
+
+def _too_many(answer: dict[str, Any]) -> str:
+    lists = [value for key, value in _items(answer) if key == "top_logprobs" and value]
+    widths = [
+        len(item) if isinstance(item, dict) else 0
+        for value in lists
+        for item in (value if isinstance(value, list) else [])
+    ]
+    # Chat answers have a list for each token, completions a mapping for each.
+    chat = [len(value) for value in lists if isinstance(value, list) and "token" in str(value[0])]
+    most = max([*widths, *chat], default=0)
+    return f"{most} log-probabilities a token" if most > MOST_LOGPROBS + 1 else ""
+
+
+def _too_exact(answer: dict[str, Any]) -> str:
+    exact = [
+        number
+        for number in _numbers(answer)
+        if math.isfinite(number) and abs(number - round(number, MOST_DECIMALS)) > 1e-9
+    ]
+    return f"unrounded log-probabilities, such as {exact[0]!r}" if exact else ""
+
+
+def _numbers(answer: dict[str, Any]) -> list[float]:
+    found: list[float] = []
+    for key, value in _items(answer):
+        if key == "logprob" and isinstance(value, int | float):
+            found.append(float(value))
+        if key == "token_logprobs" and isinstance(value, list):
+            found += [float(item) for item in value if item is not None]
+        if key == "top_logprobs" and isinstance(value, list):
+            found += [
+                float(number)
+                for item in value
+                if isinstance(item, dict) and "token" not in item
+                for number in item.values()
+            ]
+    return found
+
+
+UNWANTED = (
+    "prompt_logprobs",
+    "prompt_token_ids",
+    "token_ids",
+    "kv_transfer_params",
+    "system_fingerprint",
+    "stop_reason",
+    "hidden_states",
+    "routed_experts",
+)
+"""Fields of engines' answers that no client needs; a value in one of them is a leak."""
+
+
+def unwanted(answer: dict[str, Any]) -> str:
+    found = sorted({key for key, value in _items(answer) if key in UNWANTED and value is not None})
+    return f"fields {', '.join(found)}" if found else ""
+
+
+def _items(value: Any) -> Iterator[tuple[str, Any]]:
+    """Every key with its value, at any depth."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield key, inner
+            yield from _items(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _items(inner)

@@ -1,0 +1,53 @@
+"""Refusals that more than one station gives."""
+
+from azeotrope.gateway.errors import ApiError
+from azeotrope.gateway.quotas import Refusal, Standing
+
+
+def overloaded(message: str = "too many requests at once", code: str = "overloaded") -> ApiError:
+    return ApiError(503, message, kind="server_error", code=code, headers={"retry-after": "1"})
+
+
+def suspended() -> ApiError:
+    return ApiError(
+        403,
+        "this key is suspended: its requests look like the collection of training data; "
+        "ask whoever issued it",
+        kind="permission_error",
+        code="key_suspended",
+    )
+
+
+def over_quota(refusal: Refusal) -> ApiError:
+    names = {
+        "requests": "requests a minute",
+        "tokens": "tokens a minute",
+        "tokens_day": "tokens a day",
+        "concurrency": "completions at once",
+    }
+    limit = names[refusal.limit]
+    if refusal.never:
+        message = f"this request alone is more than this key's {limit}; ask for fewer tokens"
+    else:
+        message = f"this key's limit of {limit} is reached; try again later"
+    return ApiError(
+        429,
+        message,
+        kind="rate_limit_error",
+        code="rate_limit_exceeded",
+        headers={
+            "retry-after": str(max(1, -int(-refusal.retry_after_s // 1))),
+            **rate_headers(refusal.standing),
+        },
+    )
+
+
+def rate_headers(standing: Standing) -> dict[str, str]:
+    return {
+        "x-ratelimit-limit-requests": str(standing.limit_requests),
+        "x-ratelimit-remaining-requests": str(standing.remaining_requests),
+        "x-ratelimit-reset-requests": f"{standing.reset_requests_s:.1f}s",
+        "x-ratelimit-limit-tokens": str(standing.limit_tokens),
+        "x-ratelimit-remaining-tokens": str(standing.remaining_tokens),
+        "x-ratelimit-reset-tokens": f"{standing.reset_tokens_s:.1f}s",
+    }

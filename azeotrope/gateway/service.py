@@ -1,0 +1,366 @@
+"""One gateway replica: who asks, what they may have, what it costs, and how it is answered.
+
+A request passes these stations in this order, and nothing dear is done before it has passed the
+last: key, body, model, tier, suspicion, quota, engine. Whatever fails refuses the request; there is
+no way around a station that cannot be asked.
+"""
+
+import asyncio
+import contextlib
+import logging
+import secrets
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+
+from transformers import PreTrainedTokenizerBase
+
+from azeotrope.defenses.base import Defense
+from azeotrope.gateway import answering, extraction
+from azeotrope.gateway.audit_log import AuditLog
+from azeotrope.gateway.engine import Engine, EngineBusyError, EngineError, EngineRequest
+from azeotrope.gateway.errors import ApiError
+from azeotrope.gateway.keys import KeyRecord, KeyStore
+from azeotrope.gateway.ledger import Ledger
+from azeotrope.gateway.metrics import Metrics
+from azeotrope.gateway.open_requests import OpenRequests
+from azeotrope.gateway.plan import Plan, plan
+from azeotrope.gateway.policy import Policy, Tier
+from azeotrope.gateway.quotas import Limits, Refusal, Standing
+from azeotrope.gateway.refusals import over_quota, overloaded, rate_headers
+from azeotrope.gateway.requests import ChatRequest, Sampled, parse
+from azeotrope.gateway.responses import ChatFormat, CompletionFormat, Format, Numbers, Said
+from azeotrope.gateway.suspicion import Suspicion
+from azeotrope.gateway.writing import Writer
+from azeotrope.tokens import Boundary
+from azeotrope.vocabulary import token_rows
+
+logger = logging.getLogger(__name__)
+UNDEFENDED = ":undefended"
+"""Ends the name of the licensed model."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """What is served, under which name."""
+
+    name: str
+    tokenizer: PreTrainedTokenizerBase
+    context: int
+    """Tokens that prompt and completion may have together."""
+    engine: Engine
+    undefended: Engine | None = None
+    """The clean teacher: for keys with a distillation licence, and for the marked demonstration."""
+    boundary: Boundary = field(default_factory=Boundary)
+    rewriting: tuple[Defense, ...] = ()
+    """Text-stage defenses, in order. They need the whole answer, so it does not stream."""
+
+
+@dataclass(frozen=True)
+class Admitted:
+    """A request that may be answered: its quota is reserved."""
+
+    id: str
+    key: KeyRecord
+    tier: Tier
+    plan: Plan
+    engine: Engine
+    format: Format
+    stream: bool
+    wants_usage: bool
+    stops: tuple[str, ...]
+    headers: Mapping[str, str]
+    deadline: float
+    """On the event loop's clock."""
+
+
+class Gateway:
+    """All that a replica knows. Its methods run on one event loop.
+
+    Args:
+        ready: says whether the engines can answer; asked by the readiness probe.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        policy: Policy,
+        keys: KeyStore,
+        ledger: Ledger,
+        log: AuditLog,
+        *,
+        metrics: Metrics | None = None,
+        ready: Callable[[], Awaitable[bool]] | None = None,
+    ) -> None:
+        self.model, self.policy, self.keys, self.ledger, self.log = model, policy, keys, ledger, log
+        self.metrics = metrics or Metrics()
+        self.open = OpenRequests(ledger)
+        self._suspicion = Suspicion(policy.extraction, log, self.metrics)
+        self._ready = ready
+        self._vocabulary = token_rows(model.tokenizer)
+        self._arriving = 0
+
+    def apply(self, policy: Policy) -> None:
+        """New rules, for requests from now on."""
+        self.policy = policy
+        self._suspicion.rules = policy.extraction
+
+    # Who asks ----------------------------------------------------------------------------
+
+    async def authenticate(
+        self, headers: Mapping[str, str], feature: str | None = None
+    ) -> KeyRecord:
+        """The key behind a request.
+
+        Raises:
+            ApiError: 401 for a key that is missing, unknown, revoked or expired, in the same words
+                for all; 403 for one that may not use this endpoint.
+        """
+        scheme, _, token = headers.get("authorization", "").partition(" ")
+        found = None
+        if scheme.lower() == "bearer" and token.strip():
+            found = await asyncio.to_thread(self.keys.find, token.strip())
+        if found is None or found.tier not in self.policy.tiers:
+            self.metrics.refused("key")
+            raise ApiError(
+                401,
+                "a valid API key is needed: Authorization: Bearer KEY",
+                kind="authentication_error",
+                code="invalid_api_key",
+                headers={"www-authenticate": "Bearer"},
+            )
+        if feature is not None and feature not in found.features:
+            self.metrics.refused("scope")
+            raise ApiError(
+                403,
+                f"this key may not use {feature}; its scopes: {', '.join(found.features)}",
+                kind="permission_error",
+                code="insufficient_scope",
+            )
+        return found
+
+    def models(self, key: KeyRecord) -> list[str]:
+        """The names a key can ask for. Nobody else learns that there is an undefended model."""
+        names = [self.model.name]
+        if key.licence == "distillation" and self.model.undefended is not None:
+            names.append(self.model.name + UNDEFENDED)
+        return [name for name in names if not key.models or name in key.models]
+
+    def _engine(self, key: KeyRecord, name: str) -> Engine:
+        if name not in self.models(key):
+            raise ApiError(
+                404,
+                f"no model {name[:80]!r} for this key; there is {', '.join(self.models(key))}",
+                param="model",
+                code="model_not_found",
+            )
+        if name == self.model.name:
+            return self.model.engine
+        # Asked twice, so that one slip in the list of names is not enough.
+        if key.licence != "distillation" or self.model.undefended is None:
+            raise ApiError(403, "this key has no such licence", kind="permission_error")
+        return self.model.undefended
+
+    # What they may have ------------------------------------------------------------------
+
+    async def admit(
+        self,
+        kind: type[Sampled],
+        headers: Mapping[str, str],
+        read: Callable[[int], Awaitable[bytes]],
+        address: str = "",
+    ) -> Admitted:
+        """Let a request through every station before the engine.
+
+        Args:
+            read: gives the body, and raises ApiError if it has more than so many bytes.
+            address: of the client, for the score of extraction patterns.
+
+        Raises:
+            ApiError: with the reason, in OpenAI's shape.
+        """
+        key = await self.authenticate(headers, "chat" if kind is ChatRequest else "completions")
+        if len(self.open) + self._arriving >= self.policy.in_flight:
+            self.metrics.refused("load")
+            raise overloaded()
+        self._arriving += 1
+        try:
+            request = parse(kind, await read(self.policy.most_bytes))
+            engine = self._engine(key, request.model)
+            planned = await self.plan(key, request)
+            self._suspicion.look(key.id, self._observe(request, planned, headers, address))
+            return await self.reserve(key, request, planned, engine)
+        except ApiError as error:
+            self.log.write(key.id, "refused", status=error.status, code=error.code or error.param)
+            raise
+        finally:
+            self._arriving -= 1
+
+    async def plan(self, key: KeyRecord, request: Sampled) -> Plan:
+        """What the engine will be asked, by the rules of the key's tier.
+
+        Raises:
+            ApiError: 400 for what the tier does not allow.
+        """
+        # Long prompts take a while to tokenize, and other streams go on meanwhile.
+        return await asyncio.to_thread(
+            plan,
+            request,
+            self.policy.tiers[key.tier],
+            self.model.tokenizer,
+            identity=secrets.token_hex(12),
+            context=self.model.context,
+            vocabulary=self._vocabulary,
+            watermark_key=key.watermark_key,
+        )
+
+    async def reserve(
+        self, key: KeyRecord, request: Sampled, planned: Plan, engine: Engine
+    ) -> Admitted:
+        """Reserve the most that a request can cost.
+
+        Raises:
+            ApiError: 429 with Retry-After and the limits.
+        """
+        tier = self.policy.tiers[key.tier]
+        found = await self.open.reserve(
+            key.id,
+            planned.identity,
+            prompt=planned.prompt_tokens,
+            completion=planned.completion_tokens,
+            slots=len(planned.requests),
+            limits=Limits.of(tier, self._suspicion.share(key.id)),
+        )
+        if isinstance(found, Refusal):
+            self.metrics.refused("quota")
+            raise over_quota(found)
+        return self._admitted(key, tier, request, planned, engine, found)
+
+    def _admitted(
+        self,
+        key: KeyRecord,
+        tier: Tier,
+        request: Sampled,
+        planned: Plan,
+        engine: Engine,
+        standing: Standing,
+    ) -> Admitted:
+        chat = isinstance(request, ChatRequest)
+        shown = request.asked_logprobs is not None
+        return Admitted(
+            id=planned.identity,
+            key=key,
+            tier=tier,
+            plan=planned,
+            engine=engine,
+            format=(ChatFormat if chat else CompletionFormat)(
+                f"{'chatcmpl' if chat else 'cmpl'}-{planned.identity}",
+                request.model,
+                Numbers(self.model.tokenizer, tier.decimals) if shown else None,
+            ),
+            stream=bool(request.stream),
+            wants_usage=request.wants_usage,
+            stops=request.stops,
+            headers={"x-request-id": planned.identity, **rate_headers(standing)},
+            deadline=asyncio.get_running_loop().time() + self.policy.timeout_s,
+        )
+
+    def _observe(
+        self, request: Sampled, planned: Plan, headers: Mapping[str, str], address: str
+    ) -> extraction.Observation:
+        return extraction.observe(
+            request.texts[-1],
+            at=time.time(),
+            max_tokens=request.most_tokens,
+            temperature=planned.requests[0].temperature,
+            logprobs=request.asked_logprobs is not None,
+            bans=bool(request.logit_bias),
+            address=address,
+            user_agent=headers.get("user-agent", ""),
+            instructions="\n".join(request.texts[:-1]),
+        )
+
+    # How it is answered ------------------------------------------------------------------
+
+    async def answer(self, admitted: Admitted) -> AsyncGenerator[tuple[int, Said]]:
+        """Pieces of all completions of a request, as they are written; settles at its end.
+
+        Raises:
+            ApiError: 503 if the engine fails or takes too long.
+        """
+        started: float | None = time.perf_counter()
+        parts = [self._complete(admitted, item) for item in admitted.plan.requests]
+        try:
+            async with contextlib.aclosing(answering.merge(parts)) as pieces:
+                async for number, said in pieces:
+                    if started is not None:
+                        self.metrics.first_token(time.perf_counter() - started)
+                        started = None
+                    yield number, said
+            self.metrics.answered(admitted.key.tier)
+        except TimeoutError:
+            raise overloaded("the answer took too long", "timeout") from None
+        except EngineBusyError:
+            self.metrics.refused("load")
+            raise overloaded() from None
+        except EngineError as error:
+            self.metrics.refused("engine")
+            logger.warning("request %s: the engine failed: %s", admitted.id, error)
+            raise overloaded("the engine failed; try again", "engine_error") from None
+        finally:
+            self._settle(admitted)
+
+    def _complete(self, admitted: Admitted, request: EngineRequest) -> AsyncGenerator[Said]:
+        model, mode = self.model, admitted.tier.reasoning
+        whole = bool(model.rewriting) and admitted.engine is model.engine
+        writer = Writer(
+            model.tokenizer,
+            () if whole else admitted.stops,
+            "shown" if whole else mode,
+            boundary=model.boundary,
+        )
+        pieces = answering.complete(
+            admitted.engine,
+            request,
+            writer,
+            deadline=admitted.deadline,
+            on_tokens=lambda tokens: self.open.add(admitted.id, tokens),
+        )
+        if not whole:
+            return pieces
+        return answering.rewritten(pieces, model.rewriting, model.boundary, mode, admitted.stops)
+
+    def written(self, admitted: Admitted) -> int:
+        """Completion tokens of a request so far, of all its completions together."""
+        return self.open.written(admitted.id)
+
+    def _settle(self, admitted: Admitted) -> None:
+        tokens = self.open.settle(admitted.id)
+        if tokens is None:
+            return
+        prompt = admitted.plan.prompt_tokens
+        self.metrics.tokens(prompt, tokens)
+        self.log.write(
+            admitted.key.id,
+            "request" if admitted.engine is self.model.engine else "licence",
+            request=admitted.id,
+            prompt_tokens=prompt,
+            completion_tokens=tokens,
+        )
+
+    # Upkeep ------------------------------------------------------------------------------
+
+    async def is_ready(self) -> bool:
+        """Whether a request could be answered now: keys, ledger and engine can be asked."""
+        try:
+            await asyncio.to_thread(self.keys.find, "az-nobody")
+            await asyncio.to_thread(self.ledger.sweep)
+            return self._ready is None or await self._ready()
+        except Exception as error:
+            logger.warning("not ready: %s", error)
+            return False
+
+    async def close(self) -> None:
+        """Write the bills that are due, and close the log."""
+        await self.open.close()
+        self.log.close()

@@ -1,0 +1,30 @@
+"""Audit an endpoint for leaks: `azeotrope audit http://127.0.0.1:8000/v1 --key KEY`."""
+
+import httpx
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from azeotrope.config import ConfigError
+from azeotrope.gateway import audit
+
+
+def main(url: str, key: str, model: str | None = None) -> int:
+    """Print what every probe found; 1 if something leaked."""
+    if not url.startswith(("http://", "https://")):
+        raise ConfigError(f"a URL such as http://127.0.0.1:8000/v1 is needed, got {url!r}")
+    console = Console()
+    try:
+        with Progress(console=console, transient=True) as progress:
+            task = progress.add_task("probes", total=audit.count())
+            found = audit.audit(url, key, model=model, on_done=lambda n: progress.advance(task, n))
+    except (ValueError, httpx.HTTPError) as error:
+        raise ConfigError(f"audit: {error}") from None
+    table = Table("probe", "outcome", "seen")
+    colours = {"held": "green", "leaked": "bold red", "unclear": "yellow"}
+    for item in found:
+        table.add_row(item.probe, f"[{colours[item.outcome]}]{item.outcome}[/]", item.seen)
+    console.print(table)
+    counts = {name: sum(item.outcome == name for item in found) for name in colours}
+    console.print(", ".join(f"{number} {name}" for name, number in counts.items()))
+    return int(counts["leaked"] > 0)

@@ -1,0 +1,158 @@
+"""Make, show and end the API keys of a gateway. Heavy imports happen inside the commands."""
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from azeotrope.gateway.keys import KeyRecord, KeyStore
+
+DAY_S = 86_400
+
+app = typer.Typer(no_args_is_help=True, help="Make, show and end the API keys of a gateway.")
+StorePath = Annotated[
+    Path | None,
+    typer.Option(
+        "--store", help="folder of keys and quotas (default: $AZEOTROPE_HOME or ~/.azeotrope)"
+    ),
+]
+KeyId = Annotated[str, typer.Argument(metavar="ID", help="as `azeotrope keys list` shows it")]
+
+
+def default_store() -> Path:
+    """The folder of keys, quotas and logs: $AZEOTROPE_HOME or ~/.azeotrope."""
+    home = os.environ.get("AZEOTROPE_HOME")
+    return Path(home).expanduser() if home else Path.home() / ".azeotrope"
+
+
+def existing_store(given: Path | None) -> Path:
+    """The folder that `--store` names, where it would make no sense to begin a new one.
+
+    Raises:
+        ConfigError: if there are no keys in it.
+    """
+    from azeotrope.config import ConfigError
+    from azeotrope.gateway.keys import KEYS_FILE
+
+    folder = given or default_store()
+    if not (folder / KEYS_FILE).is_file():
+        raise ConfigError(f"no keys in {folder}; `azeotrope keys create NAME` begins a store")
+    return folder
+
+
+@app.command()
+def create(
+    name: Annotated[str, typer.Argument(help="whose key it is")],
+    tier: Annotated[str, typer.Option(help="rules and quotas, by their name in the policy")] = (
+        "standard"
+    ),
+    licence: Annotated[
+        str, typer.Option(help="usage, or distillation: the undefended teacher")
+    ] = "usage",
+    model: Annotated[
+        list[str] | None, typer.Option(help="permitted model, may be repeated (default: all)")
+    ] = None,
+    feature: Annotated[
+        list[str] | None, typer.Option(help="chat or completions, may be repeated (default: both)")
+    ] = None,
+    expires_days: Annotated[float | None, typer.Option(help="days (default: no end)")] = None,
+    store: StorePath = None,
+) -> None:
+    """Make a key and print its token, once."""
+    from azeotrope.gateway.keys import ORDINARY
+
+    keys = _open(store or default_store())
+    record, token = keys.create(
+        name,
+        tier=tier,
+        licence=licence,
+        models=model or (),
+        features=feature or ORDINARY,
+        expires_in_s=None if expires_days is None else expires_days * DAY_S,
+    )
+    _show(record, token)
+    if licence == "distillation":
+        _note(
+            "This licence permits distillation: the key gets the undefended teacher, and whoever "
+            "holds it can copy the model."
+        )
+
+
+@app.command("list")
+def show(store: StorePath = None) -> None:
+    """Show all keys, but no token: tokens are not stored."""
+    import time
+
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from azeotrope.gateway.keys import KEYS_FILE, KeyStore
+
+    keys = KeyStore(existing_store(store) / KEYS_FILE, must_exist=True).list()
+    table = Table(title="keys")
+    table.add_column("id", no_wrap=True)  # to be copied whole
+    for column in ("name", "tier", "licence", "models", "features", "created", "state"):
+        table.add_column(column, overflow="fold")
+    for key in keys:
+        cells = (key.id, key.name, key.tier, key.licence, ", ".join(key.models) or "all")
+        more = (", ".join(key.features), _date(key.created), _state(key, time.time()))
+        # Text and not markup: a name may hold brackets.
+        table.add_row(*(Text(cell) for cell in (*cells, *more)))
+    Console().print(table)
+
+
+@app.command()
+def revoke(id: KeyId, store: StorePath = None) -> None:
+    """End a key. Gateways learn of it within a second."""
+    record = _open(existing_store(store)).revoke(id)
+    typer.echo(f"{record.id} ({record.name}) is revoked; gateways refuse it within a second")
+
+
+@app.command()
+def rotate(
+    id: KeyId,
+    overlap_hours: Annotated[
+        float, typer.Option(help="how long the old token works beside the new one")
+    ] = 0.0,
+    store: StorePath = None,
+) -> None:
+    """Give a key's rights to a new token, print it once, and end the old one."""
+    record, token = _open(existing_store(store)).rotate(id, overlap_s=overlap_hours * 3600)
+    _show(record, token)
+    _note(f"{id} works for {overlap_hours:g} hours more." if overlap_hours else f"{id} is revoked.")
+
+
+def _open(folder: Path) -> "KeyStore":
+    from azeotrope.gateway.keys import KEYS_FILE, KeyStore
+
+    return KeyStore(folder / KEYS_FILE)
+
+
+def _show(record: "KeyRecord", token: str) -> None:
+    # The token alone goes to the standard output, so that a script can take it.
+    typer.echo(token)
+    _note(f"This is the token of {record.id} ({record.name}, tier {record.tier}).")
+    _note("It is not stored and cannot be shown again: keep it now.")
+    if record.expires is not None:
+        _note(f"It ends on {_date(record.expires)}.")
+
+
+def _note(text: str) -> None:
+    typer.echo(text, err=True)
+
+
+def _state(key: "KeyRecord", now: float) -> str:
+    if key.revoked is not None:
+        return f"revoked {_date(key.revoked)}"
+    if key.expires is None:
+        return "active"
+    return f"{'active until' if key.is_active(now) else 'expired'} {_date(key.expires)}"
+
+
+def _date(seconds: float) -> str:
+    from datetime import UTC, datetime
+
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M UTC")

@@ -1,0 +1,431 @@
+"""Serve a defended teacher behind the gateway, on Ray Serve.
+
+    azeotrope keys create alice
+    azeotrope serve runs/pocket_demo
+    azeotrope serve pocket/teacher port=8001 engine=transformers
+
+    serve run workflows.serve:build source=runs/pocket_demo
+    azeotrope serve runs/pocket_demo --write serve.yaml
+    serve deploy serve.yaml
+
+What is served is a run's point or a checkpoint; one whose export was not checked is refused.
+"""
+
+import ipaddress
+import logging
+import os
+import shutil
+import signal
+import socket
+import threading
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from types import FrameType
+from typing import Any, Self
+
+import ray
+import yaml
+from pydantic import Field, model_validator
+from ray import serve
+from ray.serve.config import BackpressureConfig, HTTPOptions
+from rich.console import Console
+
+from actors import engine as engines
+from actors import session
+from actors.engine import EngineSettings, Kind
+from actors.gateway import METRICS, GatewayReplica, GatewaySettings, environment
+from actors.resources import Resources
+from azeotrope import models
+from azeotrope.config import Config, ConfigError
+from azeotrope.config import build as build_config
+from azeotrope.config import load as load_config
+from azeotrope.defenses import base as defenses
+from azeotrope.gateway.keys import KEYS_FILE, KeyStore
+from azeotrope.gateway.policy import Policy
+from azeotrope.tasks.pocket import PocketConfig
+from workflows.keys import default_store
+from workflows.points import Point, find_point
+
+APP = "azeotrope"
+CONFIG = "AZEOTROPE_SERVE"
+"""Names the YAML file that `workflows.serve:app` is built from."""
+READY_TIMEOUT_S = 300.0
+POLL_S = 0.2
+
+
+class Replicas(Config):
+    """How many copies run; Serve moves between the two as requests come and go."""
+
+    least: int = Field(default=1, ge=1)
+    most: int = Field(default=1, ge=1)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.most < self.least:
+            raise ValueError(f"most ({self.most}) is less than least ({self.least})")
+        return self
+
+
+class ServeConfig(Config):
+    """Everything about one endpoint."""
+
+    source: str = Field(description="the folder of a run or of a checkpoint, or pocket/NAME")
+    defense: str | None = Field(default=None, description="which point, where a run has several")
+    name: str | None = Field(
+        default=None, description="of the model, for clients; null takes the source's last part"
+    )
+    engine: Kind = "auto"
+    decoding: tuple[dict[str, Any], ...] | None = Field(
+        default=None, description="decoding-stage defenses; null takes the point's"
+    )
+    undefended: str | None = Field(
+        default=None,
+        description="`teacher` (the point's) or a checkpoint that keys with a distillation licence "
+        "may ask; null serves no undefended model at all",
+    )
+    demo: bool = Field(
+        default=False, description="let the page show the undefended teacher; loopback only"
+    )
+    rows: int = Field(default=32, ge=1, description="completions an engine computes side by side")
+    context: int | None = Field(default=None, ge=2, description="null takes the model's")
+    engines: Replicas = Field(default_factory=Replicas)
+    gateways: Replicas = Field(default_factory=lambda: Replicas(least=1, most=2))
+    gpus: float = Field(default=0.0, ge=0, description="of each engine")
+    cpus: float = Field(default=0.5, gt=0, description="of each engine; Ray's book-keeping only")
+    host: str = "127.0.0.1"
+    port: int = Field(default=8000, ge=1, le=65535)
+    store: str | None = Field(default=None, description="folder of keys, quotas and logs")
+    redis: str | None = Field(default=None, description="for quotas, where there are several nodes")
+    policy: Policy = Field(default_factory=Policy)
+
+    @model_validator(mode="after")
+    def _guarded(self) -> Self:
+        if self.demo and not is_loopback(self.host):
+            raise ValueError(
+                f"demo shows the undefended teacher without a key, so host must be a loopback "
+                f"address, got {self.host}"
+            )
+        for part in self.decoding or ():
+            if defenses.resolve(dict(part)).stage != "decoding":
+                raise ValueError(f"{part['name']} is no defense of stage decoding")
+        return self
+
+    @property
+    def folder(self) -> Path:
+        return (Path(self.store) if self.store else default_store()).expanduser().resolve()
+
+
+def is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def build(args: ServeConfig) -> serve.Application:
+    """The Serve application of a configuration: what `serve run` and `serve deploy` call.
+
+    Raises:
+        ConfigError: if the point cannot be served.
+    """
+    point = find_point(args.source, args.defense)
+    decoding = point.decoding if args.decoding is None else args.decoding
+    _check_defenses(decoding, args)
+    clean = _undefended(args, point)
+    settings = EngineSettings(
+        checkpoint=point.checkpoint,
+        kind=engines.chosen(args.engine),
+        decoding=decoding,
+        rows=args.rows,
+        # Twice a full batch may wait: longer queues only make clients time out.
+        queue=2 * args.rows,
+        context=args.context,
+    )
+    served = engines.deployment(settings, "Defended", _engine_options(args))
+    licensed = None
+    if clean is not None:
+        other = settings.model_copy(update={"checkpoint": clean, "decoding": ()})
+        licensed = engines.deployment(other, "Undefended", _engine_options(args))
+    gateway = GatewaySettings(
+        name=args.name or _name(args.source),
+        tokenizer=point.checkpoint,
+        context=args.context,
+        boundary=point.boundary,
+        rewriting=point.rewriting,
+        policy=args.policy,
+        store=str(_open_store(args.folder)),
+        redis=args.redis,
+        demo=args.demo,
+        task=point.task or (PocketConfig() if _is_pocket(point.checkpoint) else None),
+        report=point.report,
+    )
+    return (
+        serve.deployment(GatewayReplica)
+        .options(name="Gateway", **_gateway_options(args))  # type: ignore[attr-defined]
+        .bind(gateway.dump(), served, licensed)
+    )
+
+
+def _engine_options(args: ServeConfig) -> dict[str, Any]:
+    return {
+        # A full batch and its queue; what is above that is refused and not kept waiting.
+        "max_ongoing_requests": 3 * args.rows,
+        # For each gateway, while replicas are being replaced.
+        "max_queued_requests": args.rows,
+        "autoscaling_config": {
+            "min_replicas": args.engines.least,
+            "initial_replicas": args.engines.least,
+            "max_replicas": args.engines.most,
+            # Another copy before the batch is full: a new one needs a while to load.
+            "target_ongoing_requests": max(1.0, 0.75 * args.rows),
+            "upscale_delay_s": 10.0,
+            # Loading weights is dear, and traffic comes in waves of minutes.
+            "downscale_delay_s": 300.0,
+        },
+        # A step of a large batch can hold an engine for seconds; it is not dead then.
+        "health_check_period_s": 5.0,
+        "health_check_timeout_s": 60.0,
+        # Every answer that was begun may be finished.
+        "graceful_shutdown_timeout_s": args.policy.timeout_s + 10.0,
+        "ray_actor_options": {
+            "num_cpus": args.cpus,
+            "num_gpus": args.gpus,
+            "runtime_env": {"env_vars": {"HF_HUB_OFFLINE": "1"}},
+        },
+    }
+
+
+def _gateway_options(args: ServeConfig) -> dict[str, Any]:
+    in_flight = args.policy.in_flight
+    return {
+        # Above the gateway's own limit, whose refusals are in the shape that clients understand.
+        "max_ongoing_requests": in_flight + 64,
+        "max_queued_requests": 64,
+        "backpressure_config": BackpressureConfig(status_code=503, retry_after_s=1.0),
+        "autoscaling_config": {
+            "min_replicas": args.gateways.least,
+            "initial_replicas": args.gateways.least,
+            "max_replicas": args.gateways.most,
+            "target_ongoing_requests": max(1.0, in_flight / 2),
+            "upscale_delay_s": 5.0,
+            "downscale_delay_s": 120.0,
+        },
+        "health_check_period_s": 5.0,
+        "health_check_timeout_s": 30.0,
+        "graceful_shutdown_timeout_s": args.policy.timeout_s + 10.0,
+        "user_config": args.policy.dump(),
+        # Mostly waiting: it reads, counts and writes.
+        "ray_actor_options": {
+            "num_cpus": 0.1,
+            "runtime_env": {"env_vars": {"HF_HUB_OFFLINE": "1", **environment(args.folder)}},
+        },
+    }
+
+
+def _undefended(args: ServeConfig, point: Point) -> str | None:
+    wanted = args.undefended or ("teacher" if args.demo else None)
+    if wanted is None:
+        return None
+    if wanted == "teacher":
+        if point.teacher is None:
+            raise ConfigError(
+                f"{args.source} does not say which undefended teacher it came from; "
+                "name a checkpoint with undefended=PATH"
+            )
+        wanted = point.teacher
+    try:
+        return models.resolve(wanted)
+    except FileNotFoundError as error:
+        raise ConfigError(f"undefended: {error}") from None
+
+
+def _check_defenses(decoding: tuple[dict[str, Any], ...], args: ServeConfig) -> None:
+    """A secret that is printed in the documentation protects nothing."""
+    for part in decoding:
+        defense = defenses.resolve(dict(part))
+        if getattr(defense, "uses_public_key", False):
+            raise ConfigError(
+                f"defense {part['name']} has the key that everybody knows; "
+                "give it one of your own (key=...)"
+            )
+    if decoding and args.policy.tiers and _greedy_under_watermark(decoding, args):
+        raise ConfigError(
+            "a watermark cannot be found in greedy text of low entropy; set "
+            "policy.tiers.NAME.temperature to a least value above 0 for every tier"
+        )
+
+
+def _greedy_under_watermark(decoding: tuple[dict[str, Any], ...], args: ServeConfig) -> bool:
+    marked = any(part["name"] == "watermark" for part in decoding)
+    return marked and any(tier.temperature[0] == 0 for tier in args.policy.tiers.values())
+
+
+def _name(source: str) -> str:
+    return Path(source).name or "azeotrope"
+
+
+def _is_pocket(checkpoint: str) -> bool:
+    return Path(checkpoint).parent == models.POCKET
+
+
+def _open_store(folder: Path) -> Path:
+    """Have the stores, so that replicas find them: they refuse to start without."""
+    KeyStore(folder / KEYS_FILE)
+    shared = folder / METRICS
+    # Numbers of processes that are gone would be counted again.
+    shutil.rmtree(shared, ignore_errors=True)
+    shared.mkdir(mode=0o700, parents=True)
+    return folder
+
+
+# The command -------------------------------------------------------------------------------
+
+
+def main(
+    source: str, overrides: list[str], policy: str | None = None, write: str | None = None
+) -> None:
+    """What `azeotrope serve` runs: until it is interrupted.
+
+    Args:
+        policy: a YAML file of rules.
+        write: a file to write for `serve deploy`, in place of serving.
+    """
+    console = Console()
+    data: dict[str, Any] = {"source": source}
+    if policy is not None:
+        data["policy"] = load_config(Policy, Path(policy)).dump()
+    config = build_config(ServeConfig, data, overrides)
+    point = find_point(config.source, config.defense)
+    if write is not None:
+        _write(config, Path(write), console)
+        return
+    _check_network(config)
+    started = time.perf_counter()
+    stopped = threading.Event()
+
+    def stop(_: int, __: FrameType | None) -> None:
+        stopped.set()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+    app = build(config)
+    with console.status("starting Ray"):
+        session.start(Resources(), offline=True)
+    _check_dashboard()
+    try:
+        with console.status("loading the model"):
+            serve.start(http_options=HTTPOptions(host=config.host, port=config.port))
+            _run(app)
+            _wait_until_ready(config)
+        _announce(console, config, point, time.perf_counter() - started)
+        stopped.wait()
+        console.print("stopping: answers that were begun are finished")
+    finally:
+        serve.shutdown()
+        session.stop()
+
+
+def _run(app: serve.Application) -> None:
+    try:
+        serve.run(app, name=APP, route_prefix="/")
+    except RuntimeError as error:
+        # Serve keeps the replica's own error in its status.
+        known = serve.status().applications.get(APP)
+        deployments = known.deployments.values() if known else ()
+        said = [item.message.strip() for item in deployments if item.message.strip()]
+        last = said[0].splitlines()[-1] if said else str(error)
+        raise ConfigError(f"the application does not start: {last}") from error
+
+
+def _write(config: ServeConfig, path: Path, console: Console) -> None:
+    build(config)
+    whole = config.model_copy(update={"source": str(Path(config.source).resolve())})
+    kept = whole if Path(config.source).exists() else config
+    path.write_text(yaml.safe_dump(deploy_file(kept), sort_keys=False))
+    console.print(f"wrote {path}; start it with: serve deploy {path}")
+
+
+def _announce(console: Console, config: ServeConfig, point: Point, seconds: float) -> None:
+    url = f"http://{config.host}:{config.port}"
+    name = config.name or _name(config.source)
+    what = "an undefended checkpoint" if point.defense == "none" else point.defense
+    console.print(
+        f"[bold]{name}[/bold] ({what}) is served at {url}/v1 after {seconds:.0f} s", soft_wrap=True
+    )
+    if not KeyStore(config.folder / KEYS_FILE).list():
+        console.print("there is no key yet; in another terminal: azeotrope keys create NAME")
+    if config.demo:
+        console.print(f"[bold red]DEMO: {url}/ shows the undefended teacher[/bold red]")
+    if not is_loopback(config.host):
+        console.print("bound to a public address: put TLS in front of it, see docs/serving.md")
+
+
+def _wait_until_ready(config: ServeConfig) -> None:
+    host = config.host if config.host not in {"0.0.0.0", "::"} else "127.0.0.1"
+    until = time.monotonic() + READY_TIMEOUT_S
+    while time.monotonic() < until:
+        try:
+            with urllib.request.urlopen(f"http://{host}:{config.port}/readyz", timeout=5):
+                return
+        except (urllib.error.URLError, TimeoutError, ConnectionError):
+            time.sleep(POLL_S)
+    raise ConfigError(
+        f"the endpoint was not ready after {READY_TIMEOUT_S:.0f} s; see the logs under "
+        "/tmp/ray/session_latest/logs/serve"
+    )
+
+
+def _check_network(config: ServeConfig) -> None:
+    if os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1" and is_loopback(config.host):
+        raise ConfigError(
+            "RAY_SERVE_ENABLE_HA_PROXY=1 binds to every address whatever `host` says; unset it, "
+            "or set host to what you mean"
+        )
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((config.host, config.port))
+        except OSError as error:
+            raise ConfigError(
+                f"cannot listen on {config.host}:{config.port}: {error.strerror}; "
+                "take another with port=NUMBER"
+            ) from None
+
+
+def _check_dashboard() -> None:
+    """Whoever reaches an open dashboard runs any code here, the undefended teacher included."""
+    context = ray.init(ignore_reinit_error=True, logging_level=logging.ERROR)
+    host = (context.address_info.get("webui_url") or "").rpartition(":")[0]
+    if host and not is_loopback(host) and os.environ.get("RAY_AUTH_MODE") != "token":
+        session.stop()
+        raise ConfigError(
+            f"Ray's dashboard listens on {host} without a token; set RAY_AUTH_MODE=token on every "
+            "node, or start the head with --dashboard-host=127.0.0.1"
+        )
+
+
+def deploy_file(config: ServeConfig) -> dict[str, Any]:
+    """What `serve deploy` reads. Ray's own `serve build` would bind to every address."""
+    return {
+        "proxy_location": "EveryNode",
+        "http_options": {"host": config.host, "port": config.port},
+        "applications": [
+            {
+                "name": APP,
+                "route_prefix": "/",
+                "import_path": "workflows.serve:build",
+                "args": config.dump(),
+            }
+        ],
+    }
+
+
+def __getattr__(name: str) -> serve.Application:
+    """`workflows.serve:app` is built when somebody asks for it: `serve build` wants an object."""
+    path = os.environ.get(CONFIG)
+    if name != "app" or not path:
+        raise AttributeError(f"no {name} here; for `app` set {CONFIG} to a YAML file")
+    return build(load_config(ServeConfig, Path(path)))
