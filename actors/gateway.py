@@ -21,7 +21,7 @@ from azeotrope.gateway.metrics import SHARED
 from azeotrope.gateway.policy import Policy
 from azeotrope.gateway.service import Gateway, Model
 from azeotrope.tasks import TaskConfig
-from azeotrope.tokens import Boundary
+from azeotrope.tokens import Boundary, decode
 
 LOGS, METRICS = "audit", "metrics"
 
@@ -65,6 +65,7 @@ def build_gateway(
         boundary=settings.boundary,
         rewriting=tuple(defenses.resolve(dict(item)) for item in settings.rewriting),
     )
+    _check_tags(settings, model)
     store = Path(settings.store)
 
     async def ready() -> bool:
@@ -78,6 +79,25 @@ def build_gateway(
         AuditLog(store / LOGS),
         ready=ready,
     )
+
+
+def _check_tags(settings: GatewaySettings, model: Model) -> None:
+    """Tags that the tokenizer drops cannot say where hidden reasoning ends.
+
+    Raises:
+        ValueError: if a tier hides the reasoning and its closing tag does not survive decoding.
+    """
+    hides = any(tier.reasoning != "shown" for tier in settings.policy.tiers.values())
+    tag = settings.boundary.close_tag
+    if not hides or not tag:
+        return
+    ids = model.tokenizer(tag, add_special_tokens=False)["input_ids"]
+    if tag not in decode(model.tokenizer, ids):  # type: ignore[arg-type]
+        raise ValueError(
+            f"the tokenizer of {settings.tokenizer} leaves {tag!r} out of its text, so a tier with "
+            "reasoning cut or summary could not tell where the answer begins; set every tier's "
+            "reasoning to shown, or choose tags that are no special tokens"
+        )
 
 
 @serve.ingress()

@@ -182,6 +182,7 @@ class V2Processor(v2.LogitsProcessor):
         behind = [
             (at, slots[at], place)
             for at, row in rows.items()
+            if row.defenses
             # Nothing while the prompt is still being read in parts.
             for place in range(
                 int(self._states.prompt_len.np[slots[at]]) + len(row.written), lengths[at]

@@ -38,6 +38,7 @@ class DefenseVariants:
         return await asyncio.to_thread(self.kept, strength, key)
 
     def kept(self, strength: float | None, key: str | None) -> tuple[base.Defense, ...]:
+        """The same, for callers that may wait."""
         with self._lock:
             if (strength, key) not in self._built:
                 self._built[strength, key] = self._build(strength, key)

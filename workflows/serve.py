@@ -132,7 +132,7 @@ def build(args: ServeConfig) -> serve.Application:
     """
     point = find_point(args.source, args.defense)
     decoding = point.decoding if args.decoding is None else args.decoding
-    _check_defenses(decoding, args)
+    _check_defenses(decoding)
     clean = _undefended(args, point)
     settings = EngineSettings(
         checkpoint=point.checkpoint,
@@ -241,25 +241,15 @@ def _undefended(args: ServeConfig, point: Point) -> str | None:
         raise ConfigError(f"undefended: {error}") from None
 
 
-def _check_defenses(decoding: tuple[dict[str, Any], ...], args: ServeConfig) -> None:
+def _check_defenses(decoding: tuple[dict[str, Any], ...]) -> None:
     """A secret that is printed in the documentation protects nothing."""
     for part in decoding:
         defense = defenses.resolve(dict(part))
-        if getattr(defense, "uses_public_key", False):
+        if defense.uses_public_key:
             raise ConfigError(
                 f"defense {part['name']} has the key that everybody knows; "
                 "give it one of your own (key=...)"
             )
-    if decoding and args.policy.tiers and _greedy_under_watermark(decoding, args):
-        raise ConfigError(
-            "a watermark cannot be found in greedy text of low entropy; set "
-            "policy.tiers.NAME.temperature to a least value above 0 for every tier"
-        )
-
-
-def _greedy_under_watermark(decoding: tuple[dict[str, Any], ...], args: ServeConfig) -> bool:
-    marked = any(part["name"] == "watermark" for part in decoding)
-    return marked and any(tier.temperature[0] == 0 for tier in args.policy.tiers.values())
 
 
 def _name(source: str) -> str:

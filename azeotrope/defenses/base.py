@@ -101,6 +101,11 @@ class Defense:
         return head
 
     @property
+    def uses_public_key(self) -> bool:
+        """Whether its secret is the one printed in the documentation, which protects nothing."""
+        return False
+
+    @property
     def is_identity(self) -> bool:
         return self.config.strength == 0
 

@@ -106,9 +106,8 @@ class Watermark(Defense):
         place = {context: index for index, context in enumerate(dict.fromkeys(contexts))}
         lists = torch.stack([self._list(one, logits.shape[-1], logits.device) for one in place])
         rows = torch.tensor([place[context] for context in contexts], device=logits.device)
-        raised = lists.to(logits.dtype) * self.config.strength
-        # Only the gathered rows are as large as the logits, and the sum is written into them.
-        return raised[rows].add_(logits)
+        # One tensor as large as the logits is made, and the sum is written into it.
+        return lists[rows].to(logits.dtype).mul_(self.config.strength).add_(logits)
 
     def _list(self, context: tuple[int, ...], vocab: int, device: torch.device) -> Tensor:
         if len(context) < self.config.context:

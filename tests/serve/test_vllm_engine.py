@@ -435,8 +435,8 @@ def test_the_second_sampler_shows_what_the_processor_left(
     from actors.vllm_logits import V2Processor
     from actors.vllm_worker import show_defended
 
-    none = SimpleNamespace(gpu=torch.zeros(1, 1, dtype=torch.int32))
-    processor = V2Processor(CONFIG, SimpleNamespace(prompt_len=[0], all_token_ids=none))
+    # Without defenses nobody asks for the tokens.
+    processor = V2Processor(CONFIG, SimpleNamespace())
     layout = SimpleNamespace(
         idx_mapping_np=torch.tensor([0]).numpy(), seq_lens_upper_bound_np=torch.tensor([0]).numpy()
     )

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import resource
 import stat
 import threading
 from datetime import UTC, date, datetime
@@ -189,6 +190,23 @@ def test_a_full_disk_is_not_silent(tmp_path: Path) -> None:
         os.close(full)
         with pytest.raises(AuditLogError, match="No space left"):
             log.write("k", "request", at=NOON)
+
+
+def _write_to_a_limit(log: AuditLog, limit: int) -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    try:
+        log.write("k", "request", at=NOON)
+    except AuditLogError as error:
+        os._exit(7 if "only 10 of" in str(error) else 1)
+
+
+def test_half_a_line_is_not_silent(tmp_path: Path) -> None:
+    with AuditLog(tmp_path) as log:
+        fork = multiprocessing.get_context("fork")
+        child = fork.Process(target=_write_to_a_limit, args=(log, 10))
+        child.start()
+        child.join(30)
+        assert child.exitcode == 7
 
 
 def test_nothing_is_written_after_the_end(tmp_path: Path) -> None:

@@ -238,6 +238,14 @@ def test_cut_shows_exactly_what_without_reasoning_leaves(
     assert shown + cut.flush() == expected
 
 
+def test_a_tag_that_begins_another_is_not_taken_for_it() -> None:
+    boundary = Boundary(open_tag="</think>4", close_tag="</think>")
+    for text in ["a</think>4b</think>d", "a</think>5b</think>d", "a</think>", "a</think>4"]:
+        cut = ReasoningFilter("cut", boundary)
+        shown = "".join(cut.feed(letter) for letter in text) + cut.flush()
+        assert shown == without_reasoning(text, boundary)
+
+
 @given(st.data(), texts, odd)
 def test_shown_passes_everything_at_once(
     data: st.DataObject, text: str, boundary: Boundary
