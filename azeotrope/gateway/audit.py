@@ -2,8 +2,8 @@
 
 Nothing is assumed of the server: a gateway of this project, a bare engine, somebody else's proxy.
 A probe is *held* if it was refused, or answered as if the leaking part were not there; it *leaks*
-if the answer shows more than text and a few rounded numbers, or if a switch of the engine was
-accepted. Each probe costs one short completion at most.
+if the answer shows more than text and a few rounded numbers, or an engine's route is there. A switch
+of the engine that was *accepted* may or may not act; a gateway should have refused it. Each probe costs one short completion at most.
 
 What is probed was measured on engines, or published: Carlini et al. 2024, arXiv:2403.06634, and
 Finlayson et al. 2024, arXiv:2403.09539, read a model's output space off logit biases.
@@ -17,6 +17,7 @@ from typing import Any, Literal
 import httpx
 
 from azeotrope.gateway.probes import (
+    ACCEPTED,
     CHAT,
     ROUTES,
     STRANGERS,
@@ -28,7 +29,7 @@ from azeotrope.gateway.probes import (
 )
 
 REFUSED = {400, 401, 403, 404, 405, 422, 501}
-Outcome = Literal["held", "leaked", "unclear"]
+Outcome = Literal["held", "accepted", "leaked", "unclear"]
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,8 @@ def _judge(probe: Probe, answer: httpx.Response) -> Finding:
         return _judge_stream(probe, answer)
     data = answer.json()
     seen = probe.leaks(data) or unwanted(data)
+    if seen == ACCEPTED:
+        return Finding(probe.name, "accepted", "status 200")
     return Finding(probe.name, "leaked" if seen else "held", seen or "answered without it")
 
 
@@ -122,6 +125,8 @@ def _judge_stream(probe: Probe, answer: httpx.Response) -> Finding:
             continue
         event = json.loads(line.removeprefix("data: "))
         seen = probe.leaks(event) or unwanted(event)
+        if seen == ACCEPTED:
+            return Finding(probe.name, "accepted", "status 200")
         if seen:
             return Finding(probe.name, "leaked", seen)
     return Finding(probe.name, "held", "nothing but text")

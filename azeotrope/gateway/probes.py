@@ -184,8 +184,12 @@ STREAMS = (
 )
 
 
+ACCEPTED = "a field that clients have no business with was accepted"
+"""Whether it acted cannot be seen from outside."""
+
+
 def _accepted(_: dict[str, Any]) -> str:
-    return "accepted"
+    return ACCEPTED
 
 
 def _prompt(answer: dict[str, Any]) -> str:

@@ -3,6 +3,8 @@
 - `engine`: the transformers engine on `pocket/teacher`, one for the whole session.
 - `gateway_factory()`: a gateway on it, its keys, quotas and audit log in a folder of its own. What
   it is made of can be replaced: `gateway_factory(policy, undefended=engine, name="teacher")`.
+- `marked`: an engine of its own on the same teacher, with a watermark while it decodes; `reference`
+  says what its numbers must be. Both are in `witness`.
 - `live_server(app)`: serves an application with uvicorn on a free port of this machine and returns
   its address; `live_server(create_app(gateway_factory()))` is the whole gateway.
 
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from azeotrope.gateway.policy import Policy
     from azeotrope.gateway.service import Gateway
     from azeotrope.models import Loaded
+    from witness import Reference
 
 START_S, STOP_S, SETTLE_S = 20.0, 10.0, 10.0
 POLL_S = 0.01
@@ -60,6 +63,25 @@ def engine(teacher: "Loaded") -> "Iterator[TransformersEngine]":
     engine = TransformersEngine(teacher)
     yield engine
     engine.close()
+
+
+@pytest.fixture(scope="session")
+def marked(teacher: "Loaded") -> "Iterator[TransformersEngine]":
+    """The teacher behind a decoding defense that moves nearly every number."""
+    from azeotrope.batching import TransformersEngine
+    from witness import WATERMARK
+
+    engine = TransformersEngine(teacher, decoding=[WATERMARK])
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="session")
+def reference(teacher: "Loaded") -> "Reference":
+    """Log-probabilities from the model itself, with the defense of `marked` and without."""
+    from witness import Reference
+
+    return Reference(teacher)
 
 
 @pytest.fixture

@@ -1,0 +1,244 @@
+"""What leaves a gateway, beside what the model itself says: for the tests of leaks.
+
+The reference is computed here from the model's logits and the list of green tokens, and shares no
+step with the engine: prompts and completions in one forward pass, without a cache and without
+batches.
+"""
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+import torch
+
+from azeotrope.defenses.watermark import green_list
+from azeotrope.gateway.app import create_app
+from azeotrope.gateway.engine import Chunk, Engine, EngineRequest
+from azeotrope.gateway.service import Gateway
+from azeotrope.models import Loaded
+
+WATERMARK = {"name": "watermark", "strength": 4.0, "context": 1, "key": "the operator's own key"}
+"""With a context of one token all but the first number of a completion are moved."""
+FLOAT_ERROR = 2e-4
+"""In nats, between two ways to compute the same log-probability in float32."""
+
+
+class Recording(Engine):
+    """An engine that passes everything on, and remembers what it was asked and what it wrote."""
+
+    def __init__(self, inner: Engine) -> None:
+        self.inner = inner
+        self.asked: dict[str, EngineRequest] = {}
+        self.wrote: dict[str, list[int]] = {}
+
+    async def generate(self, request: EngineRequest) -> AsyncGenerator[Chunk]:
+        self.asked[request.id] = request
+        wrote = self.wrote.setdefault(request.id, [])
+        async with contextlib.aclosing(self.inner.generate(request)) as chunks:
+            async for chunk in chunks:
+                wrote.extend(token.id for token in chunk.tokens)
+                yield chunk
+
+
+@dataclass
+class Choice:
+    """One completion as a client got it, whole or from its events."""
+
+    text: str = ""
+    finish: str | None = None
+    tokens: list[str] = field(default_factory=list)
+    values: list[float] = field(default_factory=list)
+    """Of the tokens written."""
+    top: list[dict[str, float]] = field(default_factory=list)
+
+
+def events(body: str) -> list[dict[str, Any]]:
+    """The events of a stream, which must end as it should."""
+    lines = [line for line in body.split("\n\n") if line]
+    assert lines[-1] == "data: [DONE]", body[-300:]
+    return [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
+
+
+def choices(answer: httpx.Response) -> dict[int, Choice]:
+    """The completions of an answer by their numbers; streams are put together."""
+    assert answer.status_code == 200, answer.text
+    streams = answer.headers["content-type"].startswith("text/event-stream")
+    found: dict[int, Choice] = {}
+    for part in events(answer.text) if streams else [answer.json()]:
+        for item in part["choices"]:
+            _add(found.setdefault(item["index"], Choice()), item)
+    return found
+
+
+def _add(choice: Choice, item: dict[str, Any]) -> None:
+    said = item.get("message") or item.get("delta") or item
+    choice.text += said.get("content" if said is not item else "text") or ""
+    choice.finish = item["finish_reason"] or choice.finish
+    numbers = item.get("logprobs") or {}
+    for token in numbers.get("content", ()):
+        choice.tokens.append(token["token"])
+        choice.values.append(token["logprob"])
+        choice.top.append({other["token"]: other["logprob"] for other in token["top_logprobs"]})
+    choice.tokens += numbers.get("tokens", ())
+    choice.values += numbers.get("token_logprobs", ())
+    choice.top += numbers.get("top_logprobs", ()) if "tokens" in numbers else ()
+
+
+@dataclass(frozen=True)
+class Number:
+    """A log-probability that left, and what it would be with and without the defense."""
+
+    shown: float
+    defended: float
+    undefended: float
+
+
+class Reference:
+    """What the teacher says, with the watermark of these tests and without it."""
+
+    def __init__(self, loaded: Loaded) -> None:
+        self.loaded = loaded
+        tokenizer = loaded.tokenizer
+        size = int(loaded.model.config.get_text_config().vocab_size)
+        names = [str(tokenizer.decode([id])) for id in range(size)]
+        assert len(set(names)) == size, "a token's text must tell which one it is"
+        self.ids = {name: id for id, name in enumerate(names)}
+
+    @torch.inference_mode()
+    def undefended(self, prompt: Sequence[int], written: Sequence[int]) -> torch.Tensor:
+        """Logits from which each token of a completion was chosen: [tokens, vocab], float64."""
+        ids = torch.tensor([[*prompt, *written]])
+        logits = self.loaded.model(input_ids=ids, use_cache=False).logits[0].double()
+        return logits[len(prompt) - 1 : -1]
+
+    def numbers(
+        self, request: EngineRequest, wrote: Sequence[int], choice: Choice, *, defended: bool = True
+    ) -> list[Number]:
+        """Every number of a choice with its reference.
+
+        Args:
+            wrote: by the engine, of which the choice shows a part.
+            defended: False for what the undefended engine wrote.
+        """
+        if not choice.tokens:
+            return []
+        shown = [self.ids[name] for name in choice.tokens]
+        start = _place(shown, wrote)
+        logits = self.undefended(request.prompt, wrote[: start + len(shown)])
+        moved = logits + self._green(request, wrote[: len(logits)]) if defended else logits
+        before, after = logits.log_softmax(-1), moved.log_softmax(-1)
+        found: list[Number] = []
+        for row, own, value, top in zip(
+            range(start, len(logits)), shown, choice.values, choice.top or [{}] * len(shown),
+            strict=True,
+        ):  # fmt: skip
+            pairs = [(own, value), *((self.ids[name], number) for name, number in top.items())]
+            found += [
+                Number(number, float(after[row, id]), float(before[row, id])) for id, number in pairs
+            ]
+        return found
+
+    def _green(self, request: EngineRequest, wrote: Sequence[int]) -> torch.Tensor:
+        strength = WATERMARK["strength"] if request.strength is None else request.strength
+        assert request.watermark_key is not None
+        rows = [
+            green_list(wrote[place - 1 : place], len(self.ids), key=request.watermark_key)
+            if place
+            else [False] * len(self.ids)
+            for place in range(len(wrote))
+        ]
+        return strength * torch.tensor([list(row) for row in rows], dtype=torch.float64)
+
+
+def _place(shown: Sequence[int], wrote: Sequence[int]) -> int:
+    """Where a run of tokens stands in a completion; the last place, for what is hidden is first."""
+    for start in range(len(wrote) - len(shown), -1, -1):
+        if list(wrote[start : start + len(shown)]) == list(shown):
+            return start
+    raise AssertionError(f"{shown} was shown, and {list(wrote)} was written")
+
+
+def check(numbers: Sequence[Number], decimals: int) -> int:
+    """Every number is the defended one, rounded; returns how many could have been a leak.
+
+    Where both distributions are within a step of the rounding a number betrays neither.
+    """
+    step = 10.0**-decimals
+    telling = 0
+    for number in numbers:
+        assert abs(number.shown - number.defended) <= step / 2 + FLOAT_ERROR, number
+        assert abs(number.shown - round(number.shown, decimals)) < 1e-9, number
+        if abs(number.defended - number.undefended) > step:
+            telling += 1
+            assert abs(number.shown - number.defended) < abs(number.shown - number.undefended)
+    return telling
+
+
+@dataclass(frozen=True)
+class Call:
+    """One request to a gateway in this process."""
+
+    path: str
+    token: str | None = None
+    body: Any = None
+    """Sent as JSON; bytes as they are."""
+    method: str = "POST"
+    headers: tuple[tuple[bytes, bytes], ...] = ()
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        given = [*self.headers]
+        if self.token is not None:
+            given.append((b"authorization", f"Bearer {self.token}".encode()))
+        content = self.body
+        if content is not None and not isinstance(content, bytes):
+            content = json.dumps(content).encode()
+        return {"method": self.method, "url": self.path, "headers": given, "content": content}
+
+
+def send(gateway: Gateway, calls: Sequence[Call], *, at_once: int = 64) -> list[httpx.Response]:
+    """Answers in order, many at once so that the engine has full batches."""
+
+    async def go() -> list[httpx.Response]:
+        # What the application raises is answered by itself, as behind a server.
+        transport = httpx.ASGITransport(create_app(gateway), raise_app_exceptions=False)
+        gate = asyncio.Semaphore(at_once)
+        async with httpx.AsyncClient(transport=transport, base_url="http://gateway") as client:
+
+            async def one(call: Call) -> httpx.Response:
+                async with gate:
+                    return await client.request(**call.arguments)
+
+            found = await asyncio.gather(*map(one, calls))
+        # The loop must not end before the bills are written.
+        await gateway.open.close()
+        return list(found)
+
+    return asyncio.run(go())
+
+
+def check_refusal(answer: httpx.Response) -> None:
+    """A refusal in OpenAI's shape, and nothing else in it."""
+    body = answer.json()
+    assert set(body) == {"error"}, body
+    error = body["error"]
+    assert set(error) == {"message", "type", "param", "code"}, error
+    assert isinstance(error["message"], str)
+    assert error["message"]
+    assert isinstance(error["type"], str)
+    assert error["param"] is None or isinstance(error["param"], str)
+    assert error["code"] is None or isinstance(error["code"], str)
+
+
+def decisions(gateway: Gateway, event: str) -> list[dict[str, Any]]:
+    """Lines of the audit log about one kind of event."""
+    lines = [
+        json.loads(line)
+        for path in sorted(gateway.log.folder.iterdir())
+        for line in path.read_text().splitlines()
+    ]
+    return [line for line in lines if line["event"] == event]
