@@ -2,8 +2,9 @@
 
 Nothing is assumed of the server: a gateway of this project, a bare engine, somebody else's proxy.
 A probe is *held* if it was refused, or answered as if the leaking part were not there; it *leaks*
-if the answer shows more than text and a few rounded numbers, or an engine's route is there. A switch
-of the engine that was *accepted* may or may not act; a gateway should have refused it. Each probe costs one short completion at most.
+if the answer shows more than text and a few rounded numbers, or if an engine's route is there. A
+switch of the engine that was *accepted* may or may not act; a gateway should have refused it. Each
+probe costs one short completion at most.
 
 What is probed was measured on engines, or published: Carlini et al. 2024, arXiv:2403.06634, and
 Finlayson et al. 2024, arXiv:2403.09539, read a model's output space off logit biases.
