@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, ValidationError
 
@@ -11,9 +11,12 @@ from azeotrope.config import Config, ConfigError, write_json
 from azeotrope.export import TOLERANCE
 from azeotrope.tasks import TaskConfig
 from azeotrope.tokens import Boundary
-from workflows.results import Taught
-from workflows.settings import ExperimentConfig
 from workflows.stages import RECORD
+
+if TYPE_CHECKING:
+    # Not loaded to serve: they bring Ray Train, data frames and plots, which take seconds.
+    from workflows.results import Taught
+    from workflows.settings import ExperimentConfig
 
 POINTS = "points.json"
 REPORT = "report.html"
@@ -34,7 +37,7 @@ class Point(Config):
     report: str | None = None
 
 
-def write_points(config: ExperimentConfig, folder: Path, taught: list[Taught]) -> None:
+def write_points(config: "ExperimentConfig", folder: Path, taught: "list[Taught]") -> None:
     """Record what a run may be served from."""
     found = []
     for item in taught:

@@ -88,6 +88,11 @@ class ServeConfig(Config):
     demo: bool = Field(
         default=False, description="let the page show the undefended teacher; loopback only"
     )
+    report: bool = Field(
+        default=False,
+        description="link the run's report on the page for everybody; it quotes undefended traces, "
+        "so that without this only a demonstration shows it",
+    )
     rows: int = Field(default=32, ge=1, description="completions an engine computes side by side")
     context: int | None = Field(default=None, ge=2, description="null takes the model's")
     engines: Replicas = Field(default_factory=Replicas)
@@ -159,7 +164,7 @@ def build(args: ServeConfig) -> serve.Application:
         redis=args.redis,
         demo=args.demo,
         task=point.task or (PocketConfig() if _is_pocket(point.checkpoint) else None),
-        report=point.report,
+        report=point.report if args.demo or args.report else None,
     )
     return (
         serve.deployment(GatewayReplica)
