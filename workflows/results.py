@@ -181,8 +181,8 @@ def _notes(label: str, heads: list[dict[str, Any]]) -> list[str]:
     notes = []
     for head in heads:
         clean, rounds = head["clean"], head["rounds"]
-        if clean is not None and min(clean.values()) == 0:
-            missed = " and ".join(name for name, share in clean.items() if share == 0)
+        missed = " and ".join(name for name, share in (clean or {}).items() if share == 0)
+        if missed:
             notes.append(
                 f"{label}: the undefended teacher solved none of the held-out problems of the "
                 f"utility floor ({missed}), so the floor asked nothing of the defended one there."

@@ -59,11 +59,11 @@ class Replicas(Config):
     """How many copies run; Serve moves between the two as requests come and go."""
 
     least: int = Field(default=1, ge=1)
-    most: int = Field(default=1, ge=1)
+    most: int | None = Field(default=None, ge=1, description="null runs `least` of them, always")
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
-        if self.most < self.least:
+        if self.most is not None and self.most < self.least:
             raise ValueError(f"most ({self.most}) is less than least ({self.least})")
         return self
 
@@ -182,7 +182,7 @@ def _engine_options(args: ServeConfig) -> dict[str, Any]:
         "autoscaling_config": {
             "min_replicas": args.engines.least,
             "initial_replicas": args.engines.least,
-            "max_replicas": args.engines.most,
+            "max_replicas": args.engines.most or args.engines.least,
             # Another copy before the batch is full: a new one needs a while to load.
             "target_ongoing_requests": max(1.0, 0.75 * args.rows),
             "upscale_delay_s": 10.0,
@@ -212,7 +212,7 @@ def _gateway_options(args: ServeConfig) -> dict[str, Any]:
         "autoscaling_config": {
             "min_replicas": args.gateways.least,
             "initial_replicas": args.gateways.least,
-            "max_replicas": args.gateways.most,
+            "max_replicas": args.gateways.most or args.gateways.least,
             "target_ongoing_requests": max(1.0, in_flight / 2),
             "upscale_delay_s": 5.0,
             "downscale_delay_s": 120.0,

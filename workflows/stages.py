@@ -28,7 +28,7 @@ VERSIONS = {
     "rarest": 1,
     "probe": 1,
     "features": 2,
-    "head": 3,
+    "head": 2,
     "student": 2,
 }
 

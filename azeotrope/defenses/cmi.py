@@ -85,6 +85,22 @@ class Config(DefenseConfig):
     cosine_on: Contexts = Field(
         default="truth", description="texts on which a thief is expected to ask for logits"
     )
+    targets: Literal["text", "greedy"] = Field(
+        default="text",
+        description="tokens of the cross-entropy: those of the texts, or the undefended teacher's "
+        "most likely one at each position of them",
+    )
+    top_k: int | None = Field(
+        default=None,
+        ge=1,
+        description="the cosine acts through the undefended teacher's k likeliest logits alone; "
+        "null lets it act through all",
+    )
+    keep_margin: bool = Field(
+        default=False,
+        description="take out of the cosine's gradient on the logits, at each token, what moves "
+        "the likeliest away from the second",
+    )
     seed: int = Field(default=0, description="of A")
 
 
@@ -181,6 +197,11 @@ class Cmi(Defense):
 
     def parametrise(self, head: Head, clean: Head, rows: int) -> LowRankHead:
         self.check(head.weight.shape[1])
+        if self.config.top_k is not None and self.config.top_k > rows:
+            raise ValueError(
+                f"top_k {self.config.top_k} is larger than the vocabulary of {rows} tokens; "
+                "lower it, or leave it out to act on them all"
+            )
         return LowRankHead(head, clean, self.config, rows)
 
     def loss(
@@ -218,8 +239,10 @@ class Cmi(Defense):
         """Summed cross-entropy times `scale`; its gradient is in the head afterwards."""
         total = 0.0
         for part in heads.chunks(len(batch.targets), head.rows, self.budget):
-            logits = head.logits(batch.teacher[part].float())
-            value = scale * F.cross_entropy(logits, batch.targets[part], reduction="sum")
+            states, targets = batch.teacher[part].float(), batch.targets[part]
+            if self.config.targets == "greedy":
+                targets = head.clean_logits(states).argmax(-1)
+            value = scale * F.cross_entropy(head.logits(states), targets, reduction="sum")
             if value.requires_grad:
                 value.backward()
             total += float(value.detach())
@@ -274,7 +297,7 @@ class Cmi(Defense):
         }
         moved = surrogate.moved(tensors, along, texts.inputs, texts.rows, texts.counts)
         for part in heads.chunks(len(texts.teacher), head.rows, self.budget):
-            log_p = self._log_softmax(head.logits(texts.teacher[part].float()))
+            log_p = self._log_softmax(self._restrained(head, texts.teacher[part].float()))
             value = -scale * (log_p.exp() * moved(part)).sum()
             value.backward()
         return cosine
@@ -328,7 +351,7 @@ class Cmi(Defense):
             teacher = texts.teacher.float()
             with torch.no_grad():
                 clean = self._log_softmax(head.clean_logits(teacher))
-            defended = self._log_softmax(head.logits(teacher))
+            defended = self._log_softmax(self._restrained(head, teacher))
             names = list(tensors.values())
             gradients = [
                 torch.autograd.grad(
@@ -356,6 +379,30 @@ class Cmi(Defense):
                 previous = 0.0 if parameter.grad is None else parameter.grad
                 parameter.grad = previous + gradient
         return found
+
+    def _restrained(self, head: LowRankHead, states: Tensor) -> Tensor:
+        """Defended logits, through which goes back only what `top_k` and `keep_margin` let pass."""
+        logits = head.logits(states)
+        top_k, keep_margin = self.config.top_k, self.config.keep_margin
+        if not logits.requires_grad or not (top_k or keep_margin):
+            return logits
+        with torch.no_grad():
+            mask = torch.ones_like(logits)
+            if top_k:
+                likeliest = head.clean_logits(states).topk(top_k, dim=-1).indices
+                mask = torch.zeros_like(logits).scatter(-1, likeliest, 1.0)
+            first, second = logits.topk(2, dim=-1).indices.T
+            margin = F.one_hot(first, head.rows) - F.one_hot(second, head.rows)
+
+        def cut(gradient: Tensor) -> Tensor:
+            gradient = gradient * mask
+            if not keep_margin:
+                return gradient
+            along = (gradient * margin).sum(-1, keepdim=True) / 2
+            return gradient - along * margin
+
+        logits.register_hook(cut)
+        return logits
 
     def _log_softmax(self, logits: Tensor) -> Tensor:
         return (logits / self.config.temperature).log_softmax(-1)

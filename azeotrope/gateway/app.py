@@ -55,6 +55,8 @@ def create_app(gateway: Gateway) -> FastAPI:
         version=__version__,
         docs_url=None,
         redoc_url=None,
+        # A redirect is no refusal, and its address would repeat the Host header that was sent.
+        redirect_slashes=False,
         lifespan=lifespan,
     )
     _handle_errors(app)

@@ -23,6 +23,7 @@ import uvicorn
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
+    from witness import Reference
 
     from azeotrope.batching import TransformersEngine
     from azeotrope.gateway.engine import Engine
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from azeotrope.gateway.policy import Policy
     from azeotrope.gateway.service import Gateway
     from azeotrope.models import Loaded
-    from witness import Reference
 
 START_S, STOP_S, SETTLE_S = 20.0, 10.0, 10.0
 POLL_S = 0.01
@@ -68,8 +68,9 @@ def engine(teacher: "Loaded") -> "Iterator[TransformersEngine]":
 @pytest.fixture(scope="session")
 def marked(teacher: "Loaded") -> "Iterator[TransformersEngine]":
     """The teacher behind a decoding defense that moves nearly every number."""
-    from azeotrope.batching import TransformersEngine
     from witness import WATERMARK
+
+    from azeotrope.batching import TransformersEngine
 
     engine = TransformersEngine(teacher, decoding=[WATERMARK])
     yield engine

@@ -138,7 +138,8 @@ class Reference:
         ):  # fmt: skip
             pairs = [(own, value), *((self.ids[name], number) for name, number in top.items())]
             found += [
-                Number(number, float(after[row, id]), float(before[row, id])) for id, number in pairs
+                Number(number, float(after[row, id]), float(before[row, id]))
+                for id, number in pairs
             ]
         return found
 

@@ -669,3 +669,85 @@ def test_doge_then_cmi_is_one_plain_checkpoint(
     assert names == set(teacher.model.state_dict()) | {"lm_head.weight"}
     assert "auto_map" not in json.loads((tmp_path / "both" / "config.json").read_text())
     assert not list((tmp_path / "both").glob("*.py"))
+
+
+# What restrains the matrix
+
+
+def test_greedy_targets_are_the_undefended_teachers_likeliest(
+    teacher: models.Loaded, case: Callable
+) -> None:
+    surrogates, pairs = case("last")
+    mine = join(pairs).only(own=True)
+    cmi = Cmi(Config(layer="last", rank=RANK, strength=0.0, utility_on="own", targets="greedy"))
+    clean = head_from(teacher)
+    head = turned(cmi, clean)
+    parts, found = gradient(cmi, head, surrogates, mine)
+    likeliest = (mine.teacher @ clean.weight.detach().T).argmax(-1)
+    head.zero_grad()
+    expected = F.cross_entropy(head.logits(mine.teacher), likeliest)
+    assert parts["cross-entropy"] == pytest.approx(expected.item(), rel=1e-5)
+    (len(mine.targets) * expected).backward()
+    assert head.up.grad is not None
+    assert head.down.grad is not None
+    assert difference(found, torch.cat([head.up.grad.flatten(), head.down.grad.flatten()])) < 1e-5
+
+
+def restrained_gradient(teacher: models.Loaded, states: Tensor, **settings: Any) -> Tensor:
+    """What a gradient of random numbers on the logits becomes in B, restrained by the settings."""
+    cmi = Cmi(Config(layer="last", rank=RANK, **settings))
+    head = turned(cmi, head_from(teacher))
+    (cmi._restrained(head, states) * drawn(7, len(states), ROWS)).sum().backward()
+    assert head.up.grad is not None
+    return head.up.grad
+
+
+def test_a_kept_margin_takes_its_own_direction_out_of_the_gradient(
+    teacher: models.Loaded, case: Callable
+) -> None:
+    states = join(case("last")[1]).teacher[:20]
+    head = turned(Cmi(Config(layer="last", rank=RANK)), head_from(teacher))
+    pushed = drawn(7, len(states), ROWS)
+    with torch.no_grad():
+        first, second = head.logits(states).topk(2, dim=-1).indices.T
+    row = torch.arange(len(states))
+    # Half of the difference leaves the one and goes to the other: their gradients become equal.
+    mean = (pushed[row, first] + pushed[row, second]) / 2
+    expected = pushed.clone()
+    expected[row, first] = mean
+    expected[row, second] = mean
+    (head.logits(states) * expected).sum().backward()
+    assert head.up.grad is not None
+    found = restrained_gradient(teacher, states, keep_margin=True)
+    torch.testing.assert_close(found, head.up.grad)
+    assert not torch.allclose(found, restrained_gradient(teacher, states))
+
+
+def test_top_k_lets_only_the_clean_teachers_likeliest_move(
+    teacher: models.Loaded, case: Callable
+) -> None:
+    states = join(case("last")[1]).teacher[:20]
+    clean = head_from(teacher)
+    head = turned(Cmi(Config(layer="last", rank=RANK)), clean)
+    likeliest = (states @ clean.weight.detach().T).topk(3, dim=-1).indices
+    kept = torch.zeros(len(states), ROWS).scatter(-1, likeliest, 1.0)
+    (head.logits(states) * (drawn(7, len(states), ROWS) * kept)).sum().backward()
+    assert head.up.grad is not None
+    found = restrained_gradient(teacher, states, top_k=3)
+    torch.testing.assert_close(found, head.up.grad)
+    everything = restrained_gradient(teacher, states, top_k=ROWS)
+    torch.testing.assert_close(everything, restrained_gradient(teacher, states))
+
+
+def test_more_than_the_vocabulary_is_no_top_k(teacher: models.Loaded) -> None:
+    cmi = Cmi(Config(rank=RANK, top_k=ROWS + 1))
+    with pytest.raises(ValueError, match=f"top_k {ROWS + 1} is larger than the vocabulary"):
+        cmi.parametrise(head_from(teacher), head_from(teacher), ROWS)
+
+
+@pytest.mark.parametrize("settings", [{"keep_margin": True}, {"top_k": 4}])
+def test_both_ways_to_the_gradient_are_restrained_alike(
+    teacher: models.Loaded, case: Callable, settings: dict[str, Any]
+) -> None:
+    surrogates, _ = case("last")
+    both_ways(head_from(teacher), surrogates, cosine_only(case("last")), layer="last", **settings)

@@ -203,22 +203,13 @@ PROMPTS = 6
 
 @pytest.fixture(scope="module")
 def spoiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A teacher with a little noise on its head, which still answers."""
-    return noisy(tmp_path_factory.mktemp("spoiled"), 0.01)
-
-
-@pytest.fixture(scope="module")
-def ruined(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A teacher of no use: what an unconstrained pass may leave behind."""
-    return noisy(tmp_path_factory.mktemp("ruined"), 1.0)
-
-
-def noisy(folder: Path, size: float) -> Path:
+    """A teacher with noise on its head: what an unconstrained pass may leave behind."""
+    folder = tmp_path_factory.mktemp("spoiled")
     loaded = models.load("pocket/teacher", device="cpu")
     head = head_from(loaded)
     noise = torch.randn(head.weight.shape, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        head.weight.add_(size * noise)
+        head.weight.add_(0.01 * noise)
     put_head(loaded, head)
     models.save(loaded, folder)
     return folder
@@ -278,49 +269,34 @@ def exported(folder: Path) -> torch.Tensor:
     return models.head_of(models.load(str(folder), device="cpu").model).weight.detach()
 
 
-RUINOUS, GENTLE = 5.0, 1e-3
+RUINOUS, GENTLE = 5.0, 1e-6
 
 
-@pytest.mark.parametrize(
-    ("which", "keeps_floor", "undefended"),
-    [
-        ("spoiled", True, False),
-        # It was not known to hold the floor, but it does.
-        ("spoiled", False, False),
-        ("ruined", False, True),
-    ],
-)
-def test_if_no_round_holds_it_exports_what_does(
-    which: str,
-    keeps_floor: bool,
-    undefended: bool,
-    features: Path,
-    tmp_path: Path,
-    request: pytest.FixtureRequest,
+@pytest.mark.parametrize("keeps_floor", [True, False])
+def test_if_no_round_holds_it_exports_what_is_known_to_hold(
+    keeps_floor: bool, spoiled: Path, features: Path, tmp_path: Path
 ) -> None:
-    began: Path = request.getfixturevalue(which)
-    about = train_pass(began, features, tmp_path, keeps_floor=keeps_floor, rate=RUINOUS)
+    about = train_pass(spoiled, features, tmp_path, keeps_floor=keeps_floor, rate=RUINOUS)
     assert [item["accepted"] for item in about["rounds"]] == [False]
     assert about["strength"] == 0.0
-    assert about["undefended"] is undefended
-    start = exported(Path(models.resolve("pocket/teacher")) if undefended else began)
+    assert about["undefended"] is not keeps_floor
+    start = exported(spoiled) if keeps_floor else exported(Path(models.resolve("pocket/teacher")))
     torch.testing.assert_close(exported(tmp_path / "teacher"), start)
-    kept = "that of the undefended teacher" if undefended else "the one it had"
+    kept = "the one it had" if keeps_floor else "that of the undefended teacher"
     assert _notes("cmi", [about]) == [
         f"cmi: none of 1 rounds kept the utility floor, so the head that this pass exported is "
         f"{kept}."
     ]
 
 
-@pytest.mark.parametrize("keeps_floor", [True, False])
-def test_a_round_that_holds_and_turns_the_gradient_is_exported(
-    keeps_floor: bool, spoiled: Path, features: Path, tmp_path: Path
+def test_a_round_that_holds_is_exported_even_from_a_head_that_did_not(
+    spoiled: Path, features: Path, tmp_path: Path
 ) -> None:
-    about = train_pass(spoiled, features, tmp_path, keeps_floor=keeps_floor, rate=GENTLE)
+    about = train_pass(spoiled, features, tmp_path, keeps_floor=False, rate=GENTLE)
     assert [item["accepted"] for item in about["rounds"]] == [True]
     assert (about["strength"], about["undefended"]) == (0.2, False)
     torch.testing.assert_close(
-        exported(tmp_path / "teacher"), exported(spoiled), rtol=1e-1, atol=1e-1
+        exported(tmp_path / "teacher"), exported(spoiled), rtol=1e-3, atol=1e-3
     )
     assert about["parts"][0].keys() == {"cross-entropy", "cosine"}
     assert len(about["parts"]) == len(about["log"]) == 2

@@ -297,15 +297,14 @@ def watched_search(
 def test_the_last_of_the_ground_truth_are_kept_from_training(
     own: int, truth: int, held_out: int, kept: list[str]
 ) -> None:
-    defense = Watched([0.5] * 3)
+    defense = Watched([0.5] * 2)
     pairs = texts(own, truth)
     watched_search(defense, pairs, [GOOD, GOOD], held_out=held_out)
     everything = {pair.teacher.id for pair in pairs}
     assert defense.trained == everything - set(kept)
     # Own texts are scored too, for defenses that look at those; they are learned from.
     mine = [f"own-{number}" for number in range(own)][-held_out:]
-    # The head that training begins with, and that of each round.
-    assert defense.scored == [(*kept, *mine)] * 3
+    assert defense.scored == [(*kept, *mine)] * 2
 
 
 def test_without_a_floor_nothing_is_held_out_and_nothing_scored() -> None:
@@ -313,10 +312,6 @@ def test_without_a_floor_nothing_is_held_out_and_nothing_scored() -> None:
     train_head(new_head(), (), pairs, defense, training().model_copy(update={"floor": None}))
     assert defense.trained == {pair.teacher.id for pair in pairs}
     assert defense.scored == []
-
-
-START = 1.0
-"""The score of the head that training begins with, which says nothing against any round."""
 
 
 @pytest.mark.parametrize(
@@ -343,8 +338,7 @@ def test_of_the_rounds_that_keep_the_floor_the_lowest_score_is_chosen(
         return next(script)
 
     head = new_head()
-    defense = Watched([START, *scores])
-    result = watched_search(defense, texts(2, 4), utilities, head=head, measure=measure)
+    result = watched_search(Watched(scores), texts(2, 4), utilities, head=head, measure=measure)
     assert [item.score for item in result.rounds] == scores
     assert [item.accepted for item in result.rounds] == [item is GOOD for item in utilities]
     assert torch.equal(head.weight, seen[chosen])
@@ -353,72 +347,31 @@ def test_of_the_rounds_that_keep_the_floor_the_lowest_score_is_chosen(
 
 
 def test_a_useful_round_raises_the_strength_whatever_its_score() -> None:
-    defense = Watched([START, 0.2, 0.9, 0.8, 0.1])
-    result = watched_search(defense, texts(2, 4), [GOOD, GOOD, BAD, GOOD])
+    result = watched_search(Watched([0.2, 0.9, 0.8, 0.1]), texts(2, 4), [GOOD, GOOD, BAD, GOOD])
     assert [item.strength for item in result.rounds] == [0.5, 1.0, 2.0, 0.5]
     assert result.strength == 0.5
 
 
 def test_without_scores_the_last_useful_round_is_chosen() -> None:
-    result = watched_search(Watched([None] * 4), texts(2, 4), [GOOD, GOOD, BAD])
+    result = watched_search(Watched([None] * 3), texts(2, 4), [GOOD, GOOD, BAD])
     assert [item.score for item in result.rounds] == [None] * 3
     assert result.strength == 1.0
 
 
-@pytest.mark.parametrize(
-    ("keeps_floor", "start", "measured", "changed"),
-    [
-        (True, 0.4, [], False),
-        (True, 0.6, [], True),
-        # A head that nobody has held to the floor is measured, and then counts the same.
-        (False, 0.4, [GOOD], False),
-        (False, 0.6, [GOOD], True),
-        # Of no use: whatever its score, the first useful round takes its place.
-        (False, 0.4, [BAD], True),
-    ],
-)
-def test_a_round_must_be_better_than_a_start_that_keeps_the_floor(
-    keeps_floor: bool, start: float, measured: list[Utility], changed: bool
-) -> None:
-    head, before = new_head(), new_head()
-    scores = [start, 0.5] if measured != [BAD] else [0.5]
-    result = watched_search(
-        Watched(scores), texts(2, 4), [GOOD], head=head,
-        measure=scripted([*measured, GOOD]), keeps_floor=keeps_floor,
-    )  # fmt: skip
-    assert result.rounds[0].accepted
-    assert result.held
-    assert result.strength == (0.5 if changed else 0.0)
-    assert torch.equal(head.weight, before.weight) is not changed
-
-
-@pytest.mark.parametrize(("start", "held"), [(GOOD, True), (BAD, False)])
-def test_without_a_useful_round_the_start_decides_whether_the_floor_is_held(
-    start: Utility, held: bool
-) -> None:
-    result = search(new_head(), [start, BAD], training(1), keeps_floor=False)
-    assert result.held is held
-    assert search(new_head(), [BAD], training(1)).held
-
-
-@pytest.mark.parametrize("first", [START, 0.3])
 @pytest.mark.parametrize("at", range(4))
-def test_a_killed_search_remembers_the_best_score(at: int, first: float, tmp_path: Path) -> None:
+def test_a_killed_search_remembers_the_best_score(at: int, tmp_path: Path) -> None:
     utilities, scores = [GOOD, GOOD, BAD, GOOD], [0.5, 0.9, 0.1, 0.6]
     straight = new_head()
     pairs = texts(2, 4)
-    expected = watched_search(Watched([first, *scores]), pairs, utilities, head=straight)
-    # None of the later rounds is better than the first, and that no better than a good start.
-    assert expected.strength == (0.5 if first == START else 0.0)
+    expected = watched_search(Watched(scores), pairs, utilities, head=straight)
+    assert expected.strength == 0.5, "none of the later rounds is better than the first"
 
     def die(this: Round) -> None:
         if this.number == at:
             raise Killed
 
     with pytest.raises(Killed):
-        watched_search(
-            Watched([first, *scores]), pairs, utilities, folder=tmp_path, on_round=die
-        )
+        watched_search(Watched(scores), pairs, utilities, folder=tmp_path, on_round=die)
     resumed = new_head(99)
     script = scripted(utilities[at + 1 :])
     found = watched_search(
