@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import importlib.util
 from collections.abc import AsyncGenerator
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import ray
 import torch
@@ -12,7 +12,7 @@ from pydantic import Field
 from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
-from ray.serve.handle import DeploymentHandle
+from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
 from azeotrope.config import Config
 from azeotrope.gateway.engine import Chunk, Engine, EngineBusyError, EngineError, EngineRequest
@@ -110,7 +110,8 @@ class RemoteEngine(Engine):
         self._call = handle
 
     async def generate(self, request: EngineRequest) -> AsyncGenerator[Chunk]:
-        response = self._stream.generate.remote(request)
+        # With stream=True a call gives a generator, which its annotation does not know.
+        response = cast(DeploymentResponseGenerator[Chunk], self._stream.generate.remote(request))
         try:
             async for chunk in response:
                 yield chunk

@@ -123,7 +123,9 @@ def _banned(request: Sampled, tier: Tier, vocabulary: int) -> tuple[int, ...]:
     if len(bias) > MOST_BANS:
         raise invalid("logit_bias", f"at most {MOST_BANS} tokens can be forbidden, got {len(bias)}")
     for name in bias:
-        if not (name.isascii() and name.isdigit() and int(name[:12]) < vocabulary):
+        # The length comes first: Python refuses to read numbers of thousands of digits.
+        fits = name.isascii() and name.isdigit() and len(name) <= 12 and int(name) < vocabulary
+        if not fits:
             raise invalid("logit_bias", f"{name[:40]!r} is no token id below {vocabulary}")
     return tuple(sorted({int(name) for name in bias}))
 

@@ -15,7 +15,7 @@ QUESTIONS = (
     "joe has 2 eggs . he drops 1 . how many eggs does joe have ?",
     "tom has 3 books . he buys 2 more . how many books does tom have ?",
 )
-MODELS = ("teacher",) * 12 + ("teacher:undefended", "undefended", "", "Teacher", "teacher\x00")
+MODELS = ("teacher",) * 40 + ("teacher:undefended", "undefended", "", "Teacher", "teacher\x00")
 """Mostly the one that there is, so that most requests get as far as their other faults."""
 STRINGS = ("", " ", "\x00", "\u202e\ufeff", "é" * 40, "<think>", "</think> ####", "a" * 3000, "-1")
 INTEGERS = (0, -1, 1, 2**31, 2**63 - 1, 2**63, -(2**63), 10**30)
@@ -84,7 +84,7 @@ class Fuzzer:
             return Call(draw.choice(ROUTES), token, b"{}", method=method, headers=tuple(headers))
         path = draw.choice((CHAT, TEXT))
         body = self._object(self._schemas[f"{'Chat' if path == CHAT else 'Completion'}Request"])
-        for _ in range(draw.choice((0, 0, 0, 1, 1, 2, 3))):
+        for _ in range(draw.choice((0, 0, 0, 0, 1, 2))):
             self._spoil(body)
         content: Any = body
         if draw.random() < 0.08:
@@ -98,10 +98,10 @@ class Fuzzer:
         found = {
             name: self._value(name, inner)
             for name, inner in schema["properties"].items()
-            if name in required or self._random.random() < 0.25
+            if name in required or self._random.random() < 0.2
         }
         # Most would otherwise break a rule between two fields, and hide what else is wrong.
-        if self._random.random() < 0.8:
+        if self._random.random() < 0.9:
             if "stream_options" in found:
                 found["stream"] = True
             if found.get("top_logprobs"):
