@@ -303,12 +303,13 @@ def main(
     def stop(_: int, __: FrameType | None) -> None:
         stopped.set()
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
     app = build(config)
     with console.status("starting Ray"):
         session.start(Resources(), offline=True)
     _check_dashboard()
+    # Only now: Ray puts a handler of its own in their place, which ends with code 15.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
     try:
         with console.status("loading the model"):
             serve.start(http_options=HTTPOptions(host=config.host, port=config.port))

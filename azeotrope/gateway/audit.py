@@ -112,7 +112,10 @@ def _judge(probe: Probe, answer: httpx.Response) -> Finding:
     if answer.headers.get("content-type", "").startswith("text/event-stream"):
         return _judge_stream(probe, answer)
     data = answer.json()
-    seen = probe.leaks(data) or unwanted(data)
+    seen = probe.leaks(data)
+    # A field that shows something says more than that a switch was taken.
+    if not seen or seen == ACCEPTED:
+        seen = unwanted(data) or seen
     if seen == ACCEPTED:
         return Finding(probe.name, "accepted", "status 200")
     return Finding(probe.name, "leaked" if seen else "held", seen or "answered without it")
@@ -121,15 +124,21 @@ def _judge(probe: Probe, answer: httpx.Response) -> Finding:
 def _judge_stream(probe: Probe, answer: httpx.Response) -> Finding:
     if answer.status_code in REFUSED:
         return Finding(probe.name, "held", f"refused with {answer.status_code}")
+    if answer.status_code != 200:
+        return Finding(probe.name, "unclear", f"status {answer.status_code}")
+    accepted = False
     for line in answer.text.splitlines():
         if not line.startswith("data: {"):
             continue
         event = json.loads(line.removeprefix("data: "))
-        seen = probe.leaks(event) or unwanted(event)
-        if seen == ACCEPTED:
-            return Finding(probe.name, "accepted", "status 200")
-        if seen:
-            return Finding(probe.name, "leaked", seen)
+        # A leak may come after events that show none.
+        shown = [seen for seen in (probe.leaks(event), unwanted(event)) if seen]
+        accepted = accepted or ACCEPTED in shown
+        leaks = [seen for seen in shown if seen != ACCEPTED]
+        if leaks:
+            return Finding(probe.name, "leaked", leaks[0])
+    if accepted:
+        return Finding(probe.name, "accepted", "status 200")
     return Finding(probe.name, "held", "nothing but text")
 
 

@@ -19,6 +19,7 @@ from azeotrope.gateway.requests import (
 )
 from azeotrope.tokens import encode_prompt
 
+LEAST_TEMPERATURE = 1e-3
 MOST_COMPLETIONS = 64
 """Of one request, all its prompts together."""
 
@@ -140,7 +141,8 @@ def _temperature(request: Sampled, tier: Tier) -> float:
             f"temperature must be between {least:g} and {greatest:g} for this key, "
             f"got {request.temperature:g}",
         )
-    return request.temperature
+    # Dividing by less would overflow, and the likeliest token has all the mass long before.
+    return request.temperature if request.temperature >= LEAST_TEMPERATURE else 0.0
 
 
 def _prompts(request: Sampled, tokenizer: PreTrainedTokenizerBase) -> list[tuple[int, ...]]:

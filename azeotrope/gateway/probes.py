@@ -50,7 +50,7 @@ def probes() -> Iterator[Probe]:
     yield Probe("precision", CHAT, chat | numbers, _too_exact)
     yield Probe("n=128", CHAT, chat | {"n": 128, "seed": 1, "max_tokens": 1}, _accepted)
     for field, value in SWITCHES.items():
-        yield Probe(field, CHAT, chat | {field: value}, _accepted)
+        yield Probe(f"chat: {field}", CHAT, chat | {field: value}, _accepted)
     for field, value in TEXT_SWITCHES.items():
         yield Probe(f"completions: {field}", TEXT, text | {field: value}, _accepted)
     stray = [{"role": "user", "content": PROMPT, "stray": 1}]

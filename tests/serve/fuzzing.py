@@ -3,6 +3,7 @@
 Everything comes from one seed, so a request that fails is the same in the next run.
 """
 
+import copy
 import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
@@ -159,16 +160,18 @@ class Fuzzer:
         place = draw.choice(list(_containers(body)))
         kind = draw.randrange(4)
         if isinstance(place, list):
-            place.append(draw.choice(VALUES))
+            place.append(copy.deepcopy(draw.choice(VALUES)))
         elif kind == 0 or not place:
-            place[draw.choice(self._fields)] = draw.choice(VALUES)
+            place[draw.choice(self._fields)] = copy.deepcopy(draw.choice(VALUES))
         elif kind == 1:
-            place[draw.choice(list(place))] = draw.choice(VALUES)
+            place[draw.choice(list(place))] = copy.deepcopy(draw.choice(VALUES))
         elif kind == 2:
             place.pop(draw.choice(list(place)))
         else:
             name = draw.choice(list(place))
-            place[draw.choice((name.upper(), f"{name} ", f"{name}\x00"))] = place[name]
+            place[draw.choice((name.upper(), f"{name} ", f"{name}\x00"))] = copy.deepcopy(
+                place[name]
+            )
 
     def _broken(self, body: bytes) -> bytes:
         """Bytes that are hardly JSON any more."""

@@ -65,7 +65,9 @@ class Served:
         for child in psutil.Process(self.process.pid).children(recursive=True):
             with contextlib.suppress(psutil.NoSuchProcess):
                 # While it starts a replica has another title, and does not answer yet.
-                if " ".join(child.cmdline()).startswith(f"ray::ServeReplica:azeotrope:{deployment}"):
+                if " ".join(child.cmdline()).startswith(
+                    f"ray::ServeReplica:azeotrope:{deployment}"
+                ):
                     found.append(child)
         return found
 
