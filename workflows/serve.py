@@ -11,6 +11,7 @@
 What is served is a run's point or a checkpoint; one whose export was not checked is refused.
 """
 
+import contextlib
 import ipaddress
 import logging
 import os
@@ -29,7 +30,9 @@ import ray
 import yaml
 from pydantic import Field, model_validator
 from ray import serve
+from ray.exceptions import RayError
 from ray.serve.config import BackpressureConfig, HTTPOptions
+from ray.serve.exceptions import RayServeException
 from rich.console import Console
 
 from actors import engine as engines
@@ -53,6 +56,8 @@ CONFIG = "AZEOTROPE_SERVE"
 """Names the YAML file that `workflows.serve:app` is built from."""
 READY_TIMEOUT_S = 300.0
 POLL_S = 0.2
+DRAIN_S = 15.0
+"""After the longest answer that is allowed."""
 
 
 class Replicas(Config):
@@ -304,6 +309,8 @@ def main(
         stopped.set()
 
     app = build(config)
+    for name in ("ray", "ray.serve"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     with console.status("starting Ray"):
         session.start(Resources(), offline=True)
     _check_dashboard()
@@ -319,8 +326,18 @@ def main(
         stopped.wait()
         console.print("stopping: answers that were begun are finished")
     finally:
+        _drain(config.policy.timeout_s + DRAIN_S)
         serve.shutdown()
         session.stop()
+
+
+def _drain(within_s: float) -> None:
+    """Let replicas finish what was begun: Serve's own shutdown waits for half a minute only."""
+    with contextlib.suppress(RayServeException, RayError):
+        serve.delete(APP, _blocking=False)
+        until = time.monotonic() + within_s
+        while APP in serve.status().applications and time.monotonic() < until:
+            time.sleep(POLL_S)
 
 
 def _run(app: serve.Application) -> None:
