@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import Field, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from azeotrope import models
 from azeotrope.config import Config, ConfigError, write_json
@@ -35,6 +35,11 @@ class Point(Config):
     boundary: Boundary = Field(default_factory=Boundary)
     task: TaskConfig | None = None
     report: str | None = None
+
+    @property
+    def label(self) -> str:
+        """Tells one defense at two strengths apart."""
+        return f"{self.defense} ({self.strength:g})"
 
 
 def write_points(config: "ExperimentConfig", folder: Path, taught: "list[Taught]") -> None:
@@ -89,16 +94,19 @@ def find_point(source: str, defense: str | None = None) -> Point:
 
 def _of_run(folder: Path, defense: str | None) -> Point:
     try:
-        points = [Point.model_validate(item) for item in json.loads((folder / POINTS).read_text())]
-    except (ValidationError, ValueError) as error:
+        points = TypeAdapter(list[Point]).validate_json((folder / POINTS).read_bytes())
+    except ValidationError as error:
         raise ConfigError(f"{folder / POINTS} cannot be read: {error}") from None
-    named = [point for point in points if point.defense == defense]
+    named = [point for point in points if defense in (point.defense, point.label)]
     wanted = named if defense is not None else [point for point in points if not point.control]
     if len(wanted) == 1:
         return wanted[0]
-    known = ", ".join(f"{point.defense} ({point.strength:g})" for point in points) or "nothing"
-    asked = "several points" if defense is None else f"{len(named)} points called {defense!r}"
-    raise ConfigError(f"{folder} has {asked}; choose one with defense=NAME: {known}")
+    known = ", ".join(point.label for point in points) or "nothing"
+    of_those = "that are no controls" if defense is None else f"called {defense!r}"
+    raise ConfigError(
+        f"{folder} has {len(wanted)} points {of_those}; choose with defense=NAME or "
+        f"defense='NAME (STRENGTH)' from {known}"
+    )
 
 
 def _is_run(folder: Path) -> bool:
@@ -127,6 +135,11 @@ def _check_export(checkpoint: Path) -> None:
         raise ConfigError(
             f"{checkpoint} did not pass its export check (logits {difference:.2g} away, "
             f"tied: {check['tied']}); it is not served"
+        )
+    if described.get("undefended"):
+        raise ConfigError(
+            f"{checkpoint} has the undefended head: no round of its training kept the utility "
+            "floor. If it is to be served all the same, give the teacher itself as the source"
         )
     known = described.get("fingerprint")
     if known is not None and known != models.fingerprint(str(checkpoint)):
