@@ -81,8 +81,7 @@ def _handle_errors(app: FastAPI) -> None:
     @app.exception_handler(StoreError)
     @app.exception_handler(AuditLogError)
     async def closed(_: Request, error: Exception) -> JSONResponse:
-        logger.error("refusing: %s", error)
-        shut = overloaded("keys, quotas or the log cannot be reached", "store_unavailable")
+        shut = _closed(error)
         return JSONResponse(shut.body(), shut.status, headers=shut.headers)
 
     @app.exception_handler(Exception)
@@ -90,6 +89,12 @@ def _handle_errors(app: FastAPI) -> None:
         # Starlette logs the traceback; none of it goes outside.
         failed = ApiError(500, "the gateway failed; the request was not answered", kind="api_error")
         return JSONResponse(failed.body(), failed.status)
+
+
+def _closed(error: Exception) -> ApiError:
+    """What is said outside when a store fails; where it lies stays here."""
+    logger.error("refusing: %s", error)
+    return overloaded("keys, quotas or the log cannot be reached", "store_unavailable")
 
 
 def _completions(app: FastAPI, gateway: Gateway) -> None:
@@ -194,6 +199,9 @@ async def _events(
                     yield event(number, said)
     except ApiError as error:
         yield _event(error.body())
+        return
+    except (StoreError, AuditLogError) as error:
+        yield _event(_closed(error).body())
         return
     if admitted.wants_usage:
         yield _event(admitted.format.totals(usage(admitted.plan.prompt_tokens, tokens)))
