@@ -1,0 +1,286 @@
+"""What the gateway refuses when there is too much of something, and when it may not go on."""
+
+import asyncio
+import contextlib
+import threading
+import time
+from collections.abc import AsyncGenerator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from fastapi import FastAPI
+from witness import Call, check_refusal, choices, decisions, send
+
+from azeotrope.batching import TransformersEngine
+from azeotrope.gateway.app import create_app
+from azeotrope.gateway.audit_log import AuditLog, AuditLogError
+from azeotrope.gateway.engine import Chunk, Engine, EngineRequest
+from azeotrope.gateway.keys import KeyStore
+from azeotrope.gateway.policy import Extraction, Policy, Tier
+from azeotrope.gateway.service import Gateway
+from azeotrope.models import Loaded
+
+CHAT = "/v1/chat/completions"
+WAIT_S, POLL_S = 10.0, 0.01
+EVERY = 20
+Server = Callable[[FastAPI], str]
+
+
+def asked(**more: Any) -> dict[str, Any]:
+    said = {"role": "user", "content": "joe has 2 eggs . he drops 1 . how many eggs are there ?"}
+    return {"model": "teacher", "messages": [said], "temperature": 0, "max_tokens": 4, **more}
+
+
+def client(url: str, token: str) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{url}/v1", api_key=token, max_retries=0)
+
+
+class Gated(Engine):
+    """An engine that begins when it is let."""
+
+    def __init__(self, inner: Engine) -> None:
+        self.inner, self.waiting, self.gate = inner, 0, threading.Event()
+
+    async def generate(self, request: EngineRequest) -> AsyncGenerator[Chunk]:
+        self.waiting += 1
+        while not self.gate.is_set():
+            await asyncio.sleep(POLL_S)
+        async with contextlib.aclosing(self.inner.generate(request)) as chunks:
+            async for chunk in chunks:
+                yield chunk
+
+
+@contextlib.contextmanager
+def held(gated: Gated, ask: openai.OpenAI, **more: Any) -> Iterator[None]:
+    """While the block runs one request is in the engine; then it is answered."""
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(lambda: ask.chat.completions.create(**asked(**more)))
+        try:
+            until = time.monotonic() + WAIT_S
+            while gated.waiting < more.get("n", 1):
+                assert time.monotonic() < until, "the request did not reach the engine"
+                time.sleep(POLL_S)
+            yield
+        finally:
+            gated.gate.set()
+        assert answer.result(WAIT_S).choices[0].message.content
+
+
+# Too much at once ------------------------------------------------------------------------------
+
+
+def test_a_key_has_so_many_completions_under_way(
+    gateway_factory: Any, live_server: Server, engine: Engine
+) -> None:
+    gated = Gated(engine)
+    policy = Policy(tiers={"standard": Tier(concurrency=2)})
+    gateway: Gateway = gateway_factory(policy, engine=gated)
+    url = live_server(create_app(gateway))
+    alice, bob = (client(url, gateway.keys.create(name)[1]) for name in ("alice", "bob"))
+    with held(gated, alice, n=2):
+        for stream in (False, True):
+            with pytest.raises(openai.RateLimitError) as caught:
+                alice.chat.completions.create(**asked(stream=stream))
+            assert caught.value.response.headers["retry-after"] == "1"
+            assert "completions at once" in caught.value.message
+        # It is this key's limit and nobody else's; and three at once never fit.
+        with pytest.raises(openai.RateLimitError, match="ask for fewer"):
+            bob.chat.completions.create(**asked(n=3))
+        gated.gate.set()
+        assert bob.chat.completions.create(**asked()).choices
+    assert alice.chat.completions.create(**asked()).choices
+    assert gated.waiting == 4
+
+
+def test_a_replica_has_so_many_requests_in_flight(
+    gateway_factory: Any, live_server: Server, engine: Engine
+) -> None:
+    gated = Gated(engine)
+    gateway: Gateway = gateway_factory(Policy(in_flight=1), engine=gated)
+    url = live_server(create_app(gateway))
+    alice, bob = (client(url, gateway.keys.create(name)[1]) for name in ("alice", "bob"))
+    with held(gated, alice):
+        with pytest.raises(openai.InternalServerError) as caught:
+            bob.chat.completions.create(**asked(stream=True))
+        assert (caught.value.status_code, caught.value.code) == (503, "overloaded")
+        assert caught.value.response.headers["retry-after"] == "1"
+        # Who is refused for load is not billed, and who has no key is told nothing about it.
+        assert {row.key for row in gateway.ledger.usage()} == {_id(gateway, "alice")}
+        with pytest.raises(openai.AuthenticationError):
+            client(url, "az-nobody").chat.completions.create(**asked())
+    assert bob.chat.completions.create(**asked()).choices
+
+
+def _id(gateway: Gateway, name: str) -> str:
+    (found,) = (record.id for record in gateway.keys.list() if record.name == name)
+    return found
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_full_queue_is_told_before_the_first_token(
+    stream: bool, gateway_factory: Any, teacher: Loaded, settled_usage: Any
+) -> None:
+    """Four completions do not fit an engine with one place and one that waits."""
+    small = TransformersEngine(teacher, rows=1, queue=1)
+    try:
+        gateway: Gateway = gateway_factory(engine=small)
+        _, token = gateway.keys.create("alice")
+        whole = Call(CHAT, token, asked(n=4, max_tokens=64, stream=stream))
+        (refused,) = send(gateway, [whole])
+        assert refused.status_code == 503
+        check_refusal(refused)
+        assert refused.json()["error"]["code"] == "overloaded"
+        assert int(refused.headers["retry-after"]) > 0
+        # Its other completions are not written for nobody.
+        (row,) = settled_usage(gateway)
+        assert row.completion_tokens < 64
+        (answer,) = send(gateway, [Call(CHAT, token, asked())])
+        assert choices(answer)[0].text
+    finally:
+        small.close()
+
+
+def test_an_answer_that_takes_too_long_is_given_up(
+    gateway_factory: Any, engine: Engine, settled_usage: Any
+) -> None:
+    gateway: Gateway = gateway_factory(Policy(timeout_s=0.2), engine=Gated(engine))
+    _, token = gateway.keys.create("alice")
+    for answer in send(gateway, [Call(CHAT, token, asked(stream=s)) for s in (False, True)]):
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "timeout")
+        assert answer.headers["retry-after"] == "1"
+    (row,) = settled_usage(gateway)
+    assert (row.open_requests, row.completion_tokens) == (0, 0)
+
+
+# Keys that look like a thief's -----------------------------------------------------------------
+
+
+def collecting(gateway: Gateway, token: str) -> list[httpx.Response]:
+    """One after another, as many as are looked at together and three more."""
+    texts = [f"question {n} : think step by step , then answer ." for n in range(EVERY + 3)]
+    calls = [
+        Call(CHAT, token, asked(max_tokens=1, messages=[{"role": "user", "content": text}]))
+        for text in texts
+    ]
+    return send(gateway, calls, at_once=1)
+
+
+@pytest.mark.parametrize("action", ["observe", "throttle", "block"])
+def test_who_collects_reasoning_is_noted_throttled_or_blocked(
+    action: str, gateway_factory: Any
+) -> None:
+    rules = Extraction(action=action, threshold=0.3, every=EVERY, throttle=0.1)  # type: ignore[arg-type]
+    gateway: Gateway = gateway_factory(Policy(extraction=rules))
+    record, token = gateway.keys.create("thief")
+    _, other = gateway.keys.create("bystander")
+    answers = collecting(gateway, token)
+    before, after = answers[: EVERY - 1], answers[EVERY - 1 :]
+    assert {answer.status_code for answer in before} == {200}
+    limits = {answer.headers.get("x-ratelimit-limit-requests") for answer in after}
+    statuses = {answer.status_code for answer in after}
+    if action == "block":
+        assert statuses == {403}
+        for answer in after:
+            check_refusal(answer)
+            assert answer.json()["error"]["code"] == "key_suspended"
+        assert len(decisions(gateway, "refused")) == len(after)
+    else:
+        assert statuses == {200}
+        assert limits == {"600" if action == "observe" else "60"}
+    (line,) = decisions(gateway, "extraction")
+    assert (line["key"], line["action"]) == (record.id, action)
+    assert line["score"] >= 0.3
+    assert any("reasoning" in reason for reason in line["reasons"])
+    # Words of the requests are not in the log, and other keys go on as before.
+    assert "question 1" not in "".join(line["reasons"])
+    (answer,) = send(gateway, [Call(CHAT, other, asked())])
+    assert (answer.status_code, answer.headers["x-ratelimit-limit-requests"]) == (200, "600")
+
+
+# What cannot be asked or written ---------------------------------------------------------------
+
+
+class FullLog(AuditLog):
+    """A log on a disk without room, once `full` is set."""
+
+    full = False
+
+    def write(self, *given: Any, **values: Any) -> None:
+        if self.full:
+            raise AuditLogError("the audit log cannot be written (no space left on device)")
+        super().write(*given, **values)
+
+
+def test_nothing_is_answered_that_cannot_be_logged(
+    gateway_factory: Any, tmp_path: Any, settled_usage: Any
+) -> None:
+    gateway: Gateway = gateway_factory()
+    _, token = gateway.keys.create("alice")
+    gateway.log = log = FullLog(tmp_path / "full")
+    (answer,) = send(gateway, [Call(CHAT, token, asked())])
+    assert answer.status_code == 200
+    log.full = True
+    for body in (asked(), asked(echo=True), asked(temperature=3)):
+        (answer,) = send(gateway, [Call(CHAT, token, body)])
+        assert answer.status_code == 503, answer.text
+        check_refusal(answer)
+        assert answer.json()["error"]["code"] == "store_unavailable"
+        # Where a store lies is nobody's business outside.
+        assert "space" not in answer.text
+    (row,) = settled_usage(gateway)
+    assert (row.requests, row.open_requests) == (2, 0)
+
+
+def test_a_stream_that_cannot_be_logged_ends_with_an_error(
+    gateway_factory: Any, tmp_path: Any, settled_usage: Any
+) -> None:
+    """Its words are out already; the client must not take it for a whole one."""
+    gateway: Gateway = gateway_factory()
+    _, token = gateway.keys.create("alice")
+    gateway.log = log = FullLog(tmp_path / "full")
+    log.full = True
+    (answer,) = send(gateway, [Call(CHAT, token, asked(stream=True))])
+    assert answer.status_code == 200
+    assert "[DONE]" not in answer.text
+    assert '"code": "store_unavailable"' in answer.text.split("\n\n")[-2]
+    (row,) = settled_usage(gateway)
+    assert (row.requests, row.completion_tokens) == (1, 4)
+
+
+def test_a_key_that_another_process_revokes_stops_within_a_second(
+    gateway_factory: Any, live_server: Server
+) -> None:
+    gateway: Gateway = gateway_factory()
+    record, token = gateway.keys.create("gone")
+    ask = client(live_server(create_app(gateway)), token)
+    assert ask.models.list().data
+    # As `azeotrope keys revoke` opens it.
+    KeyStore(gateway.keys._database.path).revoke(record.id)
+    since = time.monotonic()
+    while _is_taken(ask):
+        assert time.monotonic() < since + 1.5, "a revoked key is still taken"
+        time.sleep(0.05)
+
+
+def _is_taken(ask: openai.OpenAI) -> bool:
+    try:
+        ask.models.list()
+    except openai.AuthenticationError:
+        return False
+    return True
+
+
+def test_metrics_name_no_key_and_no_word(gateway_factory: Any) -> None:
+    gateway: Gateway = gateway_factory()
+    record, token = gateway.keys.create("customer-name")
+    _, watcher = gateway.keys.create("watcher", features=["metrics"])
+    bodies = (asked(), asked(echo=True), asked(model="secret-name"), asked(n=99))
+    send(gateway, [Call(CHAT, token, body) for body in bodies])
+    (page,) = send(gateway, [Call("/metrics", watcher, method="GET")])
+    assert page.status_code == 200
+    assert 'azeotrope_requests_total{tier="standard"} 1.0' in page.text
+    for word in (record.id, record.name, record.watermark_key, token, "joe", "secret-name", "echo"):
+        assert word not in page.text
