@@ -234,7 +234,8 @@ def test_every_number_is_of_the_defended_distribution(
     assert made.undefended.asked == {}
     # The test means something: so many numbers would have given the other distribution away.
     for (strength, _), count in telling.items():
-        assert count == 0 if strength == 0 else count > 1000, telling
+        # How many depends on the keys, which are drawn anew: weak marks and two decimals tell least.
+        assert count == 0 if strength == 0 else count > 300, telling
 
 
 def test_no_field_changes_a_strength(guarded: Callable[..., Guarded]) -> None:

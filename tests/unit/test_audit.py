@@ -103,7 +103,7 @@ def test_a_server_that_refuses_everything_holds() -> None:
         ("top_logprobs=20", {"top_logprobs": 20}, chat(shown(-1, 20)), "20 log-probabilities"),
         ("precision", {"top_logprobs": 5}, chat(shown(-0.123456789, 5)), "-0.123456789"),
         (
-            "return_token_ids",
+            "chat: return_token_ids",
             {"return_token_ids": True, "top_logprobs": 5},
             chat(),
             "",
@@ -120,11 +120,11 @@ def test_what_an_answer_shows_is_named(
 
 def test_a_switch_that_was_taken_may_leak_or_not() -> None:
     taken = {"return_token_ids": True}
-    assert found((taken, chat()))["return_token_ids"].outcome == "accepted"
+    assert found((taken, chat()))["chat: return_token_ids"].outcome == "accepted"
     # vLLM sends fields that are not set as null.
     empty = chat(prompt_token_ids=None, prompt_logprobs=None)
-    assert found((taken, empty))["return_token_ids"].outcome == "accepted"
-    item = found((taken, chat(prompt_token_ids=[5, 6])))["return_token_ids"]
+    assert found((taken, empty))["chat: return_token_ids"].outcome == "accepted"
+    item = found((taken, chat(prompt_token_ids=[5, 6])))["chat: return_token_ids"]
     assert (item.outcome, item.seen) == ("leaked", "fields prompt_token_ids")
 
 

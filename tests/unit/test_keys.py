@@ -161,7 +161,7 @@ def test_what_is_not_allowed_is_said(store: KeyStore) -> None:
         store.rotate("ak-0")
     with pytest.raises(ConfigError, match="licence must be usage or distillation"):
         store.create("ada", licence="free")
-    with pytest.raises(ConfigError, match="features are chat and completions"):
+    with pytest.raises(ConfigError, match="features are chat, completions, metrics"):
         store.create("ada", features=("embeddings",))
     with pytest.raises(ConfigError, match="features are"):
         store.create("ada", features=())
@@ -321,7 +321,7 @@ def test_usage_is_a_table_of_days(home: Path) -> None:
         (["keys", "revoke", "ak-1"], "no keys in"),
         (["usage"], "no keys in"),
         (["keys", "create", "x", "--licence", "all"], "licence must be usage or distillation"),
-        (["keys", "create", "x", "--feature", "images"], "features are chat and completions"),
+        (["keys", "create", "x", "--feature", "images"], "features are chat, completions, metrics"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(
