@@ -234,7 +234,7 @@ def test_every_number_is_of_the_defended_distribution(
     assert made.undefended.asked == {}
     # The test means something: so many numbers would have given the other distribution away.
     for (strength, _), count in telling.items():
-        # How many depends on the keys, which are drawn anew: weak marks and two decimals tell least.
+        # How many depends on the keys, which are drawn anew; a weak mark tells least.
         assert count == 0 if strength == 0 else count > 300, telling
 
 

@@ -16,12 +16,12 @@ import httpx
 import pytest
 import yaml
 from openai import OpenAI
+from served import Key, Served, served
 
 from azeotrope import models, tasks
 from azeotrope.gateway.policy import Policy, Tier
 from azeotrope.generation import Sampling, generate
 from azeotrope.tokens import decode, encode_prompt
-from served import Key, Served, served
 
 CLIENTS = 64
 PROBLEMS = 48
