@@ -19,6 +19,11 @@ from azeotrope.gateway.engine import Chunk, Engine, EngineBusyError, EngineError
 
 Kind = Literal["auto", "vllm", "transformers"]
 PROBE_TIMEOUT_S = 5.0
+CHUNKS_S = 200
+"""Of all completions of a replica together, about: a chunk costs two or three processes a
+millisecond each, however many tokens it has."""
+MOST_PAUSE_S = 0.1
+"""Between two chunks of one completion: more often nobody reads."""
 
 
 class EngineSettings(Config):
@@ -81,12 +86,20 @@ class EngineReplica:
 
     def __init__(self, settings: dict[str, Any]) -> None:
         self._engine = build_engine(EngineSettings.model_validate(settings))
+        self._open = 0
 
     async def generate(self, request: EngineRequest) -> AsyncGenerator[Chunk]:
         # A row whose reader is gone must leave the batch now, not when it is collected.
-        async with contextlib.aclosing(self._engine.generate(request)) as chunks:
-            async for chunk in chunks:
-                yield chunk
+        self._open += 1
+        try:
+            async with contextlib.aclosing(self._engine.generate(request)) as chunks:
+                async for chunk in chunks:
+                    yield chunk
+                    if chunk.finish is None:
+                        # What is written meanwhile comes in one chunk.
+                        await asyncio.sleep(min(self._open / CHUNKS_S, MOST_PAUSE_S))
+        finally:
+            self._open -= 1
 
     async def ready(self) -> bool:
         return bool(self._engine.healthy)

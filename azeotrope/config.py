@@ -145,8 +145,10 @@ def _allowed(kind: type[BaseModel], path: Sequence[Any]) -> list[str]:
         if fields:
             here = [model for field in fields for model in _models_in(field.annotation)]
         else:
-            # Where there are several kinds, a path names the one that was chosen.
-            here = [m for m in here if part in [f.default for f in m.model_fields.values()]]
+            # Where there are several kinds, a path names the one that was chosen; else it is the
+            # name of an item, and the item's own type is known already.
+            kinds = [m for m in here if part in [f.default for f in m.model_fields.values()]]
+            here = kinds or here
     return sorted({name for model in here for name in model.model_fields})
 
 

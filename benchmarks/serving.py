@@ -1,8 +1,10 @@
 """What the gateway costs: the endpoint against its bare engine, defended against undefended.
 
     python -m benchmarks.serving
+    python -m benchmarks.serving --engine vllm --run runs/pocket_demo
 
-They take turns, and share the processors with their clients: ratios say more than figures.
+The bare engine is the transformers engine behind a server that does nothing else, or vLLM's own
+server. They take turns, and share the processors with their clients: ratios say more than figures.
 """
 
 import argparse
@@ -26,6 +28,7 @@ import psutil
 import torch
 import uvicorn
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 from starlette.applications import Starlette
 from starlette.responses import StreamingResponse
@@ -36,29 +39,41 @@ from azeotrope.batching import TransformersEngine
 from azeotrope.gateway.engine import EngineRequest
 from azeotrope.tasks.pocket import Pocket, PocketConfig
 from azeotrope.tokens import encode_prompt
+from workflows.points import find_point
 
 TEACHER = "pocket/teacher"
 ROWS, MAX_TOKENS, PROBLEMS = 32, 64, 256
 READY_S, STOP_S, WARM_UP_S = 300.0, 40.0, 1.0
 LIMITS = ("requests_per_minute", "tokens_per_minute", "tokens_per_day", "concurrency")
+VLLM_ENV = {
+    "HF_HUB_OFFLINE": "1",
+    "TORCHDYNAMO_DISABLE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+}
+VLLM_ON_CPU = "--enforce-eager --dtype float32 --gpu-memory-utilization 0.3"
+VLLM_CACHE = "--kv-cache-memory-bytes 67108864"
 POLICY = {"tiers": {"standard": dict.fromkeys(LIMITS, 10**9)}, "in_flight": 1024}
 
 
 @dataclass
 class Server:
-    """One of the three, and what it did; without a token it is the bare engine."""
+    """One of the three, and what it did."""
 
     label: str
     url: str
     token: str | None = None
+    chat: bool = True
+    """Whether it speaks OpenAI's protocol; the thin server speaks its own."""
+    probe: str = "/readyz"
     rates: list[float] = field(default_factory=list)  # tokens a second, of each round
     answers: list[tuple[float, int]] = field(default_factory=list)  # ms to the first, and tokens
 
 
-def bare(port: int) -> None:
+def bare(port: int, teacher: str) -> None:
     """The engine behind a server that does nothing else; runs until it is asked to end."""
     torch.set_num_threads(1)  # as behind the gateway
-    loaded = models.load(TEACHER)
+    loaded = models.load(teacher)
     engine = TransformersEngine(loaded, rows=ROWS, queue=2 * ROWS)
 
     async def generate(request: Any) -> StreamingResponse:
@@ -88,11 +103,11 @@ def defend(folder: Path) -> None:
 
 
 def wait(server: Server, process: "subprocess.Popen[bytes]") -> None:
-    """Until it is ready; the bare engine has no probe, but answers only once it has loaded."""
+    """Until it is ready; the thin server has no probe, but answers only once it has loaded."""
     until = time.monotonic() + READY_S
     while process.poll() is None and time.monotonic() < until:
         with suppress(httpx.TransportError):
-            if httpx.get(f"{server.url}/readyz", timeout=5).is_success or not server.token:
+            if httpx.get(server.url + server.probe, timeout=5).is_success or not server.chat:
                 return
         time.sleep(0.2)
     sys.exit(f"{server.label} did not start")
@@ -110,8 +125,26 @@ def stop(processes: "list[subprocess.Popen[bytes]]") -> None:
             process.kill()
 
 
-def gateway(label: str, source: str, folder: Path, port: int) -> tuple[Server, list[str], dict]:
-    """What serves a model with a store of its own: address and token, command, environment."""
+Plan = tuple[Server, list[str], dict[str, str]]
+"""A server's address and token, its command and its environment."""
+
+
+def engine_alone(kind: str, teacher: str, port: int) -> Plan:
+    """What serves a model with nothing in front of it."""
+    server = Server("B bare engine", f"http://127.0.0.1:{port}")
+    if kind == "transformers":
+        command = [sys.executable, "-m", __spec__.name, "--bare", str(port), "--teacher", teacher]
+        return replace(server, chat=False), command, {**os.environ}
+    given = f"--host 127.0.0.1 --port {port} --served-model-name bench --max-num-seqs {ROWS}"
+    if not torch.cuda.is_available():
+        given += f" {VLLM_ON_CPU} {VLLM_CACHE}"
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    command += ["--model", models.resolve(teacher), *given.split()]
+    return replace(server, probe="/health"), command, {**os.environ, **VLLM_ENV}
+
+
+def gateway(label: str, kind: str, source: str, folder: Path, port: int) -> Plan:
+    """What serves a model behind the gateway, with a store of its own."""
     folder.mkdir()
     (policy := folder / "policy.yaml").write_text(json.dumps(POLICY))  # JSON is YAML
     env = {**os.environ, "AZEOTROPE_HOME": str(folder / "home")}
@@ -119,7 +152,7 @@ def gateway(label: str, source: str, folder: Path, port: int) -> tuple[Server, l
     cli = [sys.executable, "-m", "workflows.cli"]
     keys = [*cli, *"keys create bench --tier standard".split()]
     token = subprocess.check_output(keys, env=env, stderr=subprocess.DEVNULL, text=True).strip()
-    settings = [f"port={port}", "engine=transformers", f"rows={ROWS}", "name=bench"]
+    settings = [f"port={port}", f"engine={kind}", f"rows={ROWS}", "name=bench"]
     command = [*cli, "serve", source, *settings, "gateways.most=1", "--policy", str(policy)]
     return Server(label, f"http://127.0.0.1:{port}", token), command, env
 
@@ -127,7 +160,7 @@ def gateway(label: str, source: str, folder: Path, port: int) -> tuple[Server, l
 async def ask(client: httpx.AsyncClient, server: Server, question: str) -> tuple[float, int]:
     """One streamed answer: when its first token came, and how many it had."""
     path, body = "/generate", {"text": question, "max_tokens": MAX_TOKENS}
-    if server.token:
+    if server.chat:
         path, messages = "/v1/chat/completions", [{"role": "user", "content": question}]
         body = {"model": "bench", "messages": messages, "max_tokens": MAX_TOKENS}
         body |= {"temperature": 0.0, "stream": True, "stream_options": {"include_usage": True}}
@@ -138,7 +171,7 @@ async def ask(client: httpx.AsyncClient, server: Server, question: str) -> tuple
             if line in ("", "data: [DONE]"):
                 continue
             event = json.loads(line.removeprefix("data: "))
-            if server.token:
+            if server.chat:
                 written = any(item["delta"].get("content") for item in event["choices"])
                 tokens = (event.get("usage") or {}).get("completion_tokens", tokens)
             else:
@@ -169,36 +202,54 @@ def show(servers: list[Server]) -> None:
     names = "server,tokens/s,of each round,first token p50 ms,p95 ms,answers,tokens each"
     table = Table(*names.split(","))
     for server in servers:
-        firsts, lengths = zip(*sorted(server.answers), strict=True)
-        cells = [f"{firsts[int(part * len(firsts))]:,.1f}" for part in (0.5, 0.95)]
-        cells += [f"{len(firsts):,}", f"{statistics.mean(lengths):.1f}"]
+        lengths = [tokens for _, tokens in server.answers]
+        cells = [f"{at(server, part):,.1f}" for part in (0.5, 0.95)]
+        cells += [f"{len(lengths):,}", f"{statistics.mean(lengths):.1f}"]
         rates = [f"{rate:,.0f}" for rate in (statistics.median(server.rates), *server.rates)]
         table.add_row(server.label, rates[0], ", ".join(rates[1:]), *cells)
     Console(width=150).print(table)
     gate, engine, defended = servers
     for name, over, under in (("A/B", gate, engine), ("C/A", defended, gate)):
         ratios = [one / other for one, other in zip(over.rates, under.rates, strict=True)]
-        print(f"{name}: {statistics.median(ratios):.2f} x tokens/s", [f"{x:.2f}" for x in ratios])
+        waits = [at(over, part) / at(under, part) for part in (0.5, 0.95)]
+        print(
+            f"{name}: {statistics.median(ratios):.2f} x tokens/s",
+            [f"{x:.2f}" for x in ratios],
+            f"first token: p50 {waits[0]:.1f} x, p95 {waits[1]:.1f} x",
+        )
+
+
+def at(server: Server, part: float) -> float:
+    """Milliseconds in which so many of all answers had begun."""
+    firsts = sorted(first for first, _ in server.answers)
+    return firsts[int(part * len(firsts))]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for option, usual in (("--clients", 16), ("--seconds", 6), ("--rounds", 3)):
         parser.add_argument(option, type=int, default=usual)
-    parser.add_argument("--bare", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--engine", choices=("transformers", "vllm"), default="transformers")
+    parser.add_argument("--run", help="a defended teacher in place of one made up for its speed")
+    for option, usual in (("--bare", 0), ("--teacher", "")):
+        parser.add_argument(option, type=type(usual), default=usual, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.bare:
-        return bare(given.bare)
+        return bare(given.bare, given.teacher)
+    teacher = (find_point(given.run).teacher if given.run else None) or TEACHER
     questions = [item.question for item in Pocket(PocketConfig()).problems("test", PROBLEMS)]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(3)]
         ports = [(item.getsockname()[1], item.close())[0] for item in sockets]
-        defend(folder / "defended")
-        engine = [sys.executable, "-m", __spec__.name, "--bare", str(ports[1])]
-        plans = [(Server("B bare engine", f"http://127.0.0.1:{ports[1]}"), engine, {**os.environ})]
-        plans.insert(0, gateway("A gateway", TEACHER, folder / "a", ports[0]))
-        plans.append(gateway("C defended", str(folder / "defended"), folder / "c", ports[2]))
+        if not given.run:
+            defend(folder / "defended")
+        defended = given.run or str(folder / "defended")
+        plans = [
+            gateway("A gateway", given.engine, teacher, folder / "a", ports[0]),
+            engine_alone(given.engine, teacher, ports[1]),
+            gateway("C defended", given.engine, defended, folder / "c", ports[2]),
+        ]
         servers, processes = [server for server, _, _ in plans], []
         try:
             for _, command, env in plans:
@@ -207,7 +258,8 @@ def main() -> None:
                 wait(server, process)
             for warm in [replace(server, rates=[], answers=[]) for server in servers]:
                 asyncio.run(drive(warm, questions, given.clients, WARM_UP_S))
-            for server in servers * given.rounds:
+            turns = servers * given.rounds
+            for server in track(turns, "turns", console=Console(stderr=True), transient=True):
                 asyncio.run(drive(server, questions, given.clients, given.seconds))
             print(f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} processors")
         finally:

@@ -118,7 +118,7 @@ def serve(
     ] = None,
 ) -> None:
     """Serve a defended teacher behind the gateway, until it is interrupted."""
-    from workflows.serve import main as run
+    from workflows.endpoint import main as run
 
     run(source, overrides or [], policy, write)
 

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from pydantic import Field, TypeAdapter, ValidationError
 
 from azeotrope import models
@@ -86,6 +88,11 @@ def find_point(source: str, defense: str | None = None) -> Point:
             point = Point(defense="none", checkpoint=models.resolve(source))
         except FileNotFoundError as error:
             raise ConfigError(f"{error}; or give the folder of a run") from None
+        if not Path(point.checkpoint).is_dir() and not _is_cached(point.checkpoint):
+            raise ConfigError(
+                f"no run and no checkpoint at {source}, and no model of that name on this machine; "
+                "replicas ask no hub, so download a model before you serve it"
+            )
         if defense is not None:
             raise ConfigError(f"{source} is a checkpoint; `defense` chooses among a run's points")
     _check_export(Path(point.checkpoint))
@@ -113,6 +120,14 @@ def _is_run(folder: Path) -> bool:
     try:
         return "azeotrope" in json.loads((folder / "config.json").read_text())
     except ValueError:
+        return False
+
+
+def _is_cached(name: str) -> bool:
+    """Whether a model of a hub was downloaded before."""
+    try:
+        return isinstance(try_to_load_from_cache(name, "config.json"), str)
+    except HFValidationError:
         return False
 
 

@@ -11,38 +11,21 @@
 What is served is a run's point or a checkpoint; one whose export was not checked is refused.
 """
 
-import contextlib
 import ipaddress
-import logging
 import os
 import shutil
-import signal
-import socket
-import threading
-import time
-import urllib.error
-import urllib.request
 from pathlib import Path
-from types import FrameType
 from typing import Any, Self
 
-import ray
-import yaml
 from pydantic import Field, model_validator
 from ray import serve
-from ray.exceptions import RayError
-from ray.serve.config import BackpressureConfig, HTTPOptions
-from ray.serve.exceptions import RayServeException
-from rich.console import Console
+from ray.serve.config import BackpressureConfig
 
 from actors import engine as engines
-from actors import session
 from actors.engine import EngineSettings, Kind
 from actors.gateway import METRICS, GatewayReplica, GatewaySettings, environment
-from actors.resources import Resources
 from azeotrope import models
 from azeotrope.config import Config, ConfigError
-from azeotrope.config import build as build_config
 from azeotrope.config import load as load_config
 from azeotrope.defenses import base as defenses
 from azeotrope.gateway.keys import KEYS_FILE, KeyStore
@@ -54,10 +37,18 @@ from workflows.points import Point, find_point
 APP = "azeotrope"
 CONFIG = "AZEOTROPE_SERVE"
 """Names the YAML file that `workflows.serve:app` is built from."""
-READY_TIMEOUT_S = 300.0
-POLL_S = 0.2
-DRAIN_S = 15.0
-"""After the longest answer that is allowed."""
+DRAIN_S = 10.0
+"""After the longest answer that is allowed: then what still runs is cut off."""
+DRAIN_POLL_S = 0.5
+REPLICA_ENV = {
+    "HF_HUB_OFFLINE": "1",
+    # One event loop in place of three: none of ours is ever blocked, and a token that is handed
+    # from thread to thread costs as much again.
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+}
+LOGGING = {"enable_access_log": False}
+"""Of Serve: the gateway's audit log says who asked, and two lines a request would cost time."""
 
 
 class Replicas(Config):
@@ -126,6 +117,11 @@ class ServeConfig(Config):
     def folder(self) -> Path:
         return (Path(self.store) if self.store else default_store()).expanduser().resolve()
 
+    @property
+    def called(self) -> str:
+        """The model's name, for clients."""
+        return self.name or Path(self.source).name or "azeotrope"
+
 
 def is_loopback(host: str) -> bool:
     try:
@@ -159,7 +155,7 @@ def build(args: ServeConfig) -> serve.Application:
         other = settings.model_copy(update={"checkpoint": clean, "decoding": ()})
         licensed = engines.deployment(other, "Undefended", _engine_options(args))
     gateway = GatewaySettings(
-        name=args.name or _name(args.source),
+        name=args.called,
         tokenizer=point.checkpoint,
         context=args.context,
         boundary=point.boundary,
@@ -198,11 +194,13 @@ def _engine_options(args: ServeConfig) -> dict[str, Any]:
         "health_check_period_s": 5.0,
         "health_check_timeout_s": 60.0,
         # Every answer that was begun may be finished.
-        "graceful_shutdown_timeout_s": args.policy.timeout_s + 10.0,
+        "graceful_shutdown_timeout_s": args.policy.timeout_s + DRAIN_S,
+        "graceful_shutdown_wait_loop_s": DRAIN_POLL_S,
+        "logging_config": LOGGING,
         "ray_actor_options": {
             "num_cpus": args.cpus,
             "num_gpus": args.gpus,
-            "runtime_env": {"env_vars": {"HF_HUB_OFFLINE": "1"}},
+            "runtime_env": {"env_vars": REPLICA_ENV},
         },
     }
 
@@ -224,12 +222,14 @@ def _gateway_options(args: ServeConfig) -> dict[str, Any]:
         },
         "health_check_period_s": 5.0,
         "health_check_timeout_s": 30.0,
-        "graceful_shutdown_timeout_s": args.policy.timeout_s + 10.0,
+        "graceful_shutdown_timeout_s": args.policy.timeout_s + DRAIN_S,
+        "graceful_shutdown_wait_loop_s": DRAIN_POLL_S,
+        "logging_config": LOGGING,
         "user_config": args.policy.dump(),
         # Mostly waiting: it reads, counts and writes.
         "ray_actor_options": {
             "num_cpus": 0.1,
-            "runtime_env": {"env_vars": {"HF_HUB_OFFLINE": "1", **environment(args.folder)}},
+            "runtime_env": {"env_vars": REPLICA_ENV | environment(args.folder)},
         },
     }
 
@@ -262,10 +262,6 @@ def _check_defenses(decoding: tuple[dict[str, Any], ...]) -> None:
             )
 
 
-def _name(source: str) -> str:
-    return Path(source).name or "azeotrope"
-
-
 def _is_pocket(checkpoint: str) -> bool:
     return Path(checkpoint).parent == models.POCKET
 
@@ -280,151 +276,12 @@ def _open_store(folder: Path) -> Path:
     return folder
 
 
-# The command -------------------------------------------------------------------------------
-
-
-def main(
-    source: str, overrides: list[str], policy: str | None = None, write: str | None = None
-) -> None:
-    """What `azeotrope serve` runs: until it is interrupted.
-
-    Args:
-        policy: a YAML file of rules.
-        write: a file to write for `serve deploy`, in place of serving.
-    """
-    console = Console()
-    data: dict[str, Any] = {"source": source}
-    if policy is not None:
-        data["policy"] = load_config(Policy, Path(policy)).dump()
-    config = build_config(ServeConfig, data, overrides)
-    point = find_point(config.source, config.defense)
-    if write is not None:
-        _write(config, Path(write), console)
-        return
-    _check_network(config)
-    started = time.perf_counter()
-    stopped = threading.Event()
-
-    def stop(_: int, __: FrameType | None) -> None:
-        stopped.set()
-
-    app = build(config)
-    for name in ("ray", "ray.serve"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    with console.status("starting Ray"):
-        session.start(Resources(), offline=True)
-    _check_dashboard()
-    # Only now: Ray puts a handler of its own in their place, which ends with code 15.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
-    try:
-        with console.status("loading the model"):
-            serve.start(http_options=HTTPOptions(host=config.host, port=config.port))
-            _run(app)
-            _wait_until_ready(config)
-        _announce(console, config, point, time.perf_counter() - started)
-        stopped.wait()
-        console.print("stopping: answers that were begun are finished")
-    finally:
-        _drain(config.policy.timeout_s + DRAIN_S)
-        serve.shutdown()
-        session.stop()
-
-
-def _drain(within_s: float) -> None:
-    """Let replicas finish what was begun: Serve's own shutdown waits for half a minute only."""
-    with contextlib.suppress(RayServeException, RayError):
-        serve.delete(APP, _blocking=False)
-        until = time.monotonic() + within_s
-        while APP in serve.status().applications and time.monotonic() < until:
-            time.sleep(POLL_S)
-
-
-def _run(app: serve.Application) -> None:
-    try:
-        serve.run(app, name=APP, route_prefix="/")
-    except RuntimeError as error:
-        # Serve keeps the replica's own error in its status.
-        known = serve.status().applications.get(APP)
-        deployments = known.deployments.values() if known else ()
-        said = [item.message.strip() for item in deployments if item.message.strip()]
-        last = said[0].splitlines()[-1] if said else str(error)
-        raise ConfigError(f"the application does not start: {last}") from error
-
-
-def _write(config: ServeConfig, path: Path, console: Console) -> None:
-    build(config)
-    whole = config.model_copy(update={"source": str(Path(config.source).resolve())})
-    kept = whole if Path(config.source).exists() else config
-    path.write_text(yaml.safe_dump(deploy_file(kept), sort_keys=False))
-    console.print(f"wrote {path}; start it with: serve deploy {path}")
-
-
-def _announce(console: Console, config: ServeConfig, point: Point, seconds: float) -> None:
-    url = f"http://{config.host}:{config.port}"
-    name = config.name or _name(config.source)
-    what = "an undefended checkpoint" if point.defense == "none" else point.defense
-    console.print(
-        f"[bold]{name}[/bold] ({what}) is served at {url}/v1 after {seconds:.0f} s", soft_wrap=True
-    )
-    if not KeyStore(config.folder / KEYS_FILE).list():
-        console.print("there is no key yet; in another terminal: azeotrope keys create NAME")
-    if config.demo:
-        console.print(f"[bold red]DEMO: {url}/ shows the undefended teacher[/bold red]")
-    if not is_loopback(config.host):
-        console.print("bound to a public address: put TLS in front of it, see docs/serving.md")
-
-
-def _wait_until_ready(config: ServeConfig) -> None:
-    host = config.host if config.host not in {"0.0.0.0", "::"} else "127.0.0.1"
-    until = time.monotonic() + READY_TIMEOUT_S
-    while time.monotonic() < until:
-        try:
-            with urllib.request.urlopen(f"http://{host}:{config.port}/readyz", timeout=5):
-                return
-        except (urllib.error.URLError, TimeoutError, ConnectionError):
-            time.sleep(POLL_S)
-    raise ConfigError(
-        f"the endpoint was not ready after {READY_TIMEOUT_S:.0f} s; see the logs under "
-        "/tmp/ray/session_latest/logs/serve"
-    )
-
-
-def _check_network(config: ServeConfig) -> None:
-    if os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1" and is_loopback(config.host):
-        raise ConfigError(
-            "RAY_SERVE_ENABLE_HA_PROXY=1 binds to every address whatever `host` says; unset it, "
-            "or set host to what you mean"
-        )
-    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-    with socket.socket(family) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((config.host, config.port))
-        except OSError as error:
-            raise ConfigError(
-                f"cannot listen on {config.host}:{config.port}: {error.strerror}; "
-                "take another with port=NUMBER"
-            ) from None
-
-
-def _check_dashboard() -> None:
-    """Whoever reaches an open dashboard runs any code here, the undefended teacher included."""
-    context = ray.init(ignore_reinit_error=True, logging_level=logging.ERROR)
-    host = (context.address_info.get("webui_url") or "").rpartition(":")[0]
-    if host and not is_loopback(host) and os.environ.get("RAY_AUTH_MODE") != "token":
-        session.stop()
-        raise ConfigError(
-            f"Ray's dashboard listens on {host} without a token; set RAY_AUTH_MODE=token on every "
-            "node, or start the head with --dashboard-host=127.0.0.1"
-        )
-
-
 def deploy_file(config: ServeConfig) -> dict[str, Any]:
     """What `serve deploy` reads. Ray's own `serve build` would bind to every address."""
     return {
         "proxy_location": "EveryNode",
         "http_options": {"host": config.host, "port": config.port},
+        "logging_config": LOGGING,
         "applications": [
             {
                 "name": APP,

@@ -5,6 +5,7 @@ How long the load lasts is AZEOTROPE_LOAD_S seconds (8 unless it is set).
 
 import asyncio
 import json
+import logging
 import os
 import threading
 import time
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 import yaml
 from openai import OpenAI
@@ -23,10 +25,13 @@ from azeotrope.gateway.policy import Policy, Tier
 from azeotrope.generation import Sampling, generate
 from azeotrope.tokens import decode, encode_prompt
 
+logger = logging.getLogger(__name__)
 CLIENTS = 64
 PROBLEMS = 48
 LOAD_S = float(os.environ.get("AZEOTROPE_LOAD_S", "8"))
 LEASE_S = 20.0
+AT_ONCE_S = 10.0
+"""After a replica's death, on a machine that is busy with the load."""
 TIGHT_TOKENS = 3000
 
 
@@ -90,10 +95,18 @@ class Outcome:
     tokens: int = 0
     error: str = ""
     right: bool = False
+    ended: float = 0.0
+    """On the monotonic clock."""
 
 
 async def ask(client: httpx.AsyncClient, key: Key, reference: Reference) -> Outcome:
     """One streaming request, read to its end."""
+    found = await _ask(client, key, reference)
+    found.ended = time.monotonic()
+    return found
+
+
+async def _ask(client: httpx.AsyncClient, key: Key, reference: Reference) -> Outcome:
     body = {
         "model": "teacher",
         "messages": [{"role": "user", "content": reference.question}],
@@ -111,6 +124,10 @@ async def ask(client: httpx.AsyncClient, key: Key, reference: Reference) -> Outc
             headers={"authorization": f"Bearer {key.token}"},
         ) as answer:
             found.status = answer.status_code
+            if answer.status_code == 500:
+                # Serve's own words, where a gateway died before it said anything.
+                found.error = "gateway died"
+                return found
             if answer.status_code != 200:
                 found.error = json.loads(await answer.aread())["error"]["code"]
                 assert answer.headers["retry-after"]
@@ -156,6 +173,8 @@ async def load(
 def test_an_openai_client_gets_the_teachers_own_answer(
     endpoint: Served, references: list[Reference]
 ) -> None:
+    # How long the start took: `pytest --log-cli-level=INFO` shows it.
+    logger.info("%s", endpoint.log.read_text())
     client = OpenAI(base_url=f"{endpoint.url}/v1", api_key=endpoint.key().token, max_retries=0)
     for reference in references[:4]:
         answer = client.chat.completions.create(
@@ -203,7 +222,13 @@ def test_a_killed_replica_takes_only_its_own_streams_with_it(
     endpoint.wait_for(deployment, 2)
     key = endpoint.key()
     victim = endpoint.replicas(deployment)[0]
-    killer = threading.Timer(2.0, victim.kill)
+    died: list[float] = []
+
+    def kill() -> None:
+        victim.kill()
+        died.append(time.monotonic())
+
+    killer = threading.Timer(2.0, kill)
     killer.start()
     outcomes = asyncio.run(load(endpoint, key, references, max(6.0, LOAD_S)))
     killer.join()
@@ -214,8 +239,9 @@ def test_a_killed_replica_takes_only_its_own_streams_with_it(
     if deployment == "Defended":
         # The gateway lives, so every stream ends in the protocol's own words.
         assert {item.error for item in broken} <= {"engine_error"}
-    # Each client had one request under way when it happened.
+    # Each client had one request under way when it happened, and nobody waited for nothing.
     assert len(broken) <= CLIENTS
+    assert all(item.ended - died[0] < AT_ONCE_S for item in broken)
     used = endpoint.settled(key, within_s=LEASE_S)
     total = used.prompt_tokens + used.completion_tokens
     known = sum(item.tokens for item in whole)
@@ -250,6 +276,10 @@ def test_the_end_lets_a_stream_that_was_begun_be_finished(
     reader = threading.Thread(target=read)
     reader.start()
     assert told.wait(30)
+    own = psutil.Process(endpoint.process.pid).children(recursive=True)
     assert endpoint.stop() == 0
     reader.join(10)
     assert text[-1] == "length"
+    _, left = psutil.wait_procs(own, timeout=5)
+    assert left == []
+    assert "Traceback" not in endpoint.log.read_text()

@@ -116,6 +116,12 @@ def test_a_pocket_model_and_a_folder_are_undefended(tmp_path: Path) -> None:
         find_point(str(tmp_path))
 
 
+@pytest.mark.parametrize("name", ["runs/tpyo", "nobody/no-such-model", "a/b/c"])
+def test_a_name_that_is_nowhere_on_this_machine_is_refused_at_once(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"no run and no checkpoint at {name}.*ask no hub"):
+        find_point(name)
+
+
 # What is refused -------------------------------------------------------------------------------
 
 

@@ -1,0 +1,224 @@
+"""The command `azeotrope serve`: start Ray and Serve, say what is served, and end without a cut.
+
+What is served, and how, is in `workflows/serve.py`.
+"""
+
+import contextlib
+import logging
+import os
+import signal
+import socket
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import ray
+import yaml
+from ray import serve
+from ray.exceptions import RayError
+from ray.serve.config import HTTPOptions
+from ray.serve.exceptions import RayServeException
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from actors import session
+from actors.resources import Resources
+from azeotrope.config import ConfigError
+from azeotrope.config import build as build_config
+from azeotrope.config import load as load_config
+from azeotrope.gateway.keys import KEYS_FILE, KeyStore
+from azeotrope.gateway.policy import Policy
+from workflows.points import Point, find_point
+from workflows.serve import APP, DRAIN_S, LOGGING, ServeConfig, build, deploy_file, is_loopback
+
+READY_TIMEOUT_S = 300.0
+POLL_S = 0.2
+
+
+def main(
+    source: str, overrides: list[str], policy: str | None = None, write: str | None = None
+) -> None:
+    """Serve until somebody interrupts it.
+
+    Args:
+        policy: a YAML file of rules.
+        write: a file to write for `serve deploy`, in place of serving.
+    """
+    console = Console()
+    data: dict[str, Any] = {"source": source}
+    if policy is not None:
+        data["policy"] = load_config(Policy, Path(policy)).dump()
+    config = build_config(ServeConfig, data, overrides)
+    app = build(config)
+    if write is not None:
+        _write(config, Path(write), console)
+        return
+    check_network(config)
+    started = time.perf_counter()
+    with _step(console, "starting Ray"):
+        session.start(Resources(), offline=True)
+    try:
+        _check_dashboard()
+        with _step(console, "starting Serve"):
+            _start_serve(config)
+        with _step(console, "loading the model"):
+            _run(app)
+            _wait_until_ready(config)
+        stopped = _interrupts()
+        point = find_point(config.source, config.defense)
+        _announce(console, config, point, time.perf_counter() - started)
+        stopped.wait()
+        console.print("stopping: answers that were begun are finished")
+    finally:
+        _drain(config.policy.timeout_s + DRAIN_S)
+        session.stop()
+
+
+@contextlib.contextmanager
+def _step(console: Console, what: str) -> Iterator[None]:
+    """Show what is being waited for and how long already; leave a line that says how long."""
+    started = time.perf_counter()
+    columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
+    hidden = not console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=hidden) as progress:
+        progress.add_task(what, total=None)
+        yield
+    console.print(f"{what}: {time.perf_counter() - started:.1f} s")
+
+
+def _interrupts() -> threading.Event:
+    """Set by the first SIGINT or SIGTERM; a second SIGINT cuts off what is not finished.
+
+    Only for the time after the start: Ray puts handlers of its own in the place of earlier ones,
+    and until then those do what is wanted, which is to give up.
+    """
+    stopped = threading.Event()
+
+    def stop(_: int, __: FrameType | None) -> None:
+        stopped.set()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+    return stopped
+
+
+def _start_serve(config: ServeConfig) -> None:
+    # It would say once more, in its own way, what is on the console already.
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    serve.start(
+        http_options=HTTPOptions(host=config.host, port=config.port),
+        logging_config=LOGGING,
+    )
+
+
+def _run(app: serve.Application) -> None:
+    try:
+        serve.run(app, name=APP, route_prefix="/")
+    except RuntimeError as error:
+        # Serve keeps the replica's own error in its status.
+        known = serve.status().applications.get(APP)
+        deployments = known.deployments.values() if known else ()
+        said = [item.message.strip() for item in deployments if item.message.strip()]
+        last = said[0].splitlines()[-1] if said else str(error)
+        raise ConfigError(f"the application does not start: {last}") from error
+
+
+def _wait_until_ready(config: ServeConfig) -> None:
+    host = config.host if config.host not in {"0.0.0.0", "::"} else "127.0.0.1"
+    shown = f"[{host}]" if ":" in host else host
+    until = time.monotonic() + READY_TIMEOUT_S
+    while time.monotonic() < until:
+        try:
+            with urllib.request.urlopen(f"http://{shown}:{config.port}/readyz", timeout=5):
+                return
+        except (urllib.error.URLError, TimeoutError, ConnectionError):
+            time.sleep(POLL_S)
+    raise ConfigError(
+        f"the endpoint was not ready after {READY_TIMEOUT_S:.0f} s; see the logs under "
+        "/tmp/ray/session_latest/logs/serve"
+    )
+
+
+def _announce(console: Console, config: ServeConfig, point: Point, seconds: float) -> None:
+    url = f"http://{config.host}:{config.port}"
+    what = "an undefended checkpoint" if point.defense == "none" else point.defense
+    console.print(
+        f"[bold]{config.called}[/bold] ({what}) is served at {url}/v1 after {seconds:.0f} s",
+        soft_wrap=True,
+    )
+    if not KeyStore(config.folder / KEYS_FILE).list():
+        console.print("there is no key yet; in another terminal: azeotrope keys create NAME")
+    if config.demo:
+        console.print(f"[bold red]DEMO: {url}/ shows the undefended teacher[/bold red]")
+    if not is_loopback(config.host):
+        console.print("bound to a public address: put TLS in front of it, see docs/serving.md")
+
+
+def _drain(within_s: float) -> None:
+    """Take no more requests and let replicas finish what was begun.
+
+    Serve's own shutdown would cut that off, for it ends its proxies first.
+    """
+    with contextlib.suppress(RayServeException, RayError):
+        serve.delete(APP, _blocking=False)
+        until = time.monotonic() + within_s
+        while APP in serve.status().applications and time.monotonic() < until:
+            time.sleep(POLL_S)
+        # A Ray of one's own takes Serve with it; in a cluster others may serve too.
+        if os.environ.get("RAY_ADDRESS") and not serve.status().applications:
+            serve.shutdown()
+
+
+def check_network(config: ServeConfig) -> None:
+    """Whether the port can be had, on the address that is meant and no other.
+
+    Raises:
+        ConfigError: if not.
+    """
+    if os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1" and is_loopback(config.host):
+        raise ConfigError(
+            "RAY_SERVE_ENABLE_HA_PROXY=1 binds to every address whatever `host` says; unset it, "
+            "or set host to what you mean"
+        )
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((config.host, config.port))
+        except OSError as error:
+            raise ConfigError(
+                f"cannot listen on {config.host}:{config.port}: {error.strerror}; "
+                "take another with port=NUMBER"
+            ) from None
+
+
+def _check_dashboard() -> None:
+    context = ray.init(ignore_reinit_error=True, logging_level=logging.ERROR)
+    check_dashboard(context.address_info.get("webui_url") or "")
+
+
+def check_dashboard(url: str) -> None:
+    """Whoever reaches an open dashboard runs any code here, the undefended teacher included.
+
+    Raises:
+        ConfigError: if it listens publicly and asks for no token.
+    """
+    host = url.rpartition(":")[0].strip("[]")
+    if host and not is_loopback(host) and os.environ.get("RAY_AUTH_MODE") != "token":
+        raise ConfigError(
+            f"Ray's dashboard listens on {host} without a token; set RAY_AUTH_MODE=token on every "
+            "node, or start the head with --dashboard-host=127.0.0.1"
+        )
+
+
+def _write(config: ServeConfig, path: Path, console: Console) -> None:
+    whole = config.model_copy(update={"source": str(Path(config.source).resolve())})
+    kept = whole if Path(config.source).exists() else config
+    path.write_text(yaml.safe_dump(deploy_file(kept), sort_keys=False))
+    console.print(f"wrote {path}; start it with: serve deploy {path}", soft_wrap=True)
