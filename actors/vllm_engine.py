@@ -16,7 +16,14 @@ from transformers import AutoConfig
 
 from azeotrope import models
 from azeotrope.defense_variants import DefenseVariants
-from azeotrope.gateway.engine import Chunk, EngineBusyError, EngineError, EngineRequest, Token
+from azeotrope.gateway.engine import (
+    Chunk,
+    EngineBusyError,
+    EngineError,
+    EngineRequest,
+    Token,
+    check_request,
+)
 from azeotrope.gateway.policy import MOST_LOGPROBS
 
 BLOCK = 128
@@ -115,7 +122,7 @@ class VllmEngine:
         from vllm.exceptions import VLLMClientError  # pyright: ignore[reportMissingImports]
         from vllm.inputs import tokens_input  # pyright: ignore[reportMissingImports]
 
-        self._check(request)
+        check_request(request, context=self._context, vocabulary=self._vocabulary)
         # Built here too, for a strength that a defense refuses would end vLLM's process.
         await self._variants.of(request.strength, request.watermark_key)
         if not self.healthy:
@@ -143,23 +150,6 @@ class VllmEngine:
             raise EngineError(f"vLLM failed: {type(error).__name__}: {error}") from error
         finally:
             self._open -= 1
-
-    def _check(self, request: EngineRequest) -> None:
-        """What vLLM does not look at without a tokenizer."""
-        room = self._context - len(request.prompt)
-        if not request.prompt or room < 1:
-            raise ValueError(
-                f"a prompt must have from 1 to {self._context - 1} tokens in a context of "
-                f"{self._context}, got {len(request.prompt)}"
-            )
-        for name, ids in (("prompt", request.prompt), ("banned", request.banned)):
-            wrong = [token for token in ids if not 0 <= token < self._vocabulary]
-            if wrong:
-                raise ValueError(
-                    f"{name} holds token id {wrong[0]}; ids go from 0 to {self._vocabulary - 1}"
-                )
-        if len(set(request.banned)) == self._vocabulary:
-            raise ValueError(f"all {self._vocabulary} tokens are banned; leave at least one")
 
     def _params(self, request: EngineRequest) -> Any:
         from vllm import SamplingParams  # pyright: ignore[reportMissingImports]

@@ -6,7 +6,6 @@ engine's fault, and ends every request that is open.
 
 import asyncio
 import logging
-import math
 import threading
 from collections import deque
 from collections.abc import AsyncGenerator, Iterable, Sequence
@@ -15,7 +14,14 @@ from typing import Any
 
 from azeotrope.defense_variants import DefenseVariants
 from azeotrope.defenses.base import Defense
-from azeotrope.gateway.engine import Chunk, Engine, EngineBusyError, EngineError, EngineRequest
+from azeotrope.gateway.engine import (
+    Chunk,
+    Engine,
+    EngineBusyError,
+    EngineError,
+    EngineRequest,
+    check_request,
+)
 from azeotrope.generation import context_of, uniforms
 from azeotrope.models import Loaded
 from azeotrope.row_batch import Row, RowBatch
@@ -100,7 +106,7 @@ class TransformersEngine(Engine):
             EngineBusyError: before the first chunk, if the queue is full.
             EngineError: if the engine failed or was closed.
         """
-        self._check(request)
+        check_request(request, context=self._context, vocabulary=self._vocabulary)
         defenses = await self._variants.of(request.strength, request.watermark_key)
         stream = _Stream(self._row(request, defenses), asyncio.get_running_loop())
         self._enqueue(stream)
@@ -120,36 +126,6 @@ class TransformersEngine(Engine):
                     raise error
         finally:
             self._leave(stream)
-
-    def _check(self, request: EngineRequest) -> None:
-        prompt = len(request.prompt)
-        if prompt == 0:
-            raise ValueError("the prompt has no tokens; it needs at least one")
-        if prompt > self._context - 1:
-            raise ValueError(
-                f"a prompt of {prompt} tokens leaves no room in the model's context of "
-                f"{self._context}; give at most {self._context - 1}"
-            )
-        for name, ids in (("prompt", request.prompt), ("banned", request.banned)):
-            wrong = [id for id in ids if not 0 <= id < self._vocabulary]
-            if wrong:
-                raise ValueError(
-                    f"{name} holds token id {wrong[0]}; ids go from 0 to {self._vocabulary - 1}"
-                )
-        if len(set(request.banned)) == self._vocabulary:
-            raise ValueError(f"all {self._vocabulary} tokens are banned; leave at least one")
-        if request.max_tokens < 1:
-            raise ValueError(f"max_tokens must be at least 1, got {request.max_tokens}")
-        if not (request.temperature >= 0 and math.isfinite(request.temperature)):
-            raise ValueError(f"temperature must be 0 or greater, got {request.temperature}")
-        if not 0 < request.top_p <= 1:
-            raise ValueError(f"top_p must be above 0 and at most 1, got {request.top_p}")
-        if request.logprobs is not None and not 0 <= request.logprobs <= self._vocabulary:
-            raise ValueError(
-                f"logprobs must be from 0 to {self._vocabulary}, got {request.logprobs}"
-            )
-        if not -(2**63) <= request.seed < 2**64:
-            raise ValueError(f"seed must fit 64 bits, got {request.seed}")
 
     def _row(self, request: EngineRequest, defenses: tuple[Defense, ...]) -> Row:
         limit = min(request.max_tokens, self._context - len(request.prompt))

@@ -4,6 +4,7 @@ Engines speak no protocol of the outside. A request holds what the gateway has d
 answer holds tokens, so there is no field through which an engine could be asked for more.
 """
 
+import math
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
@@ -74,3 +75,39 @@ class Engine(Protocol):
             EngineError: if the engine fails.
         """
         ...
+
+
+def check_request(request: EngineRequest, *, context: int, vocabulary: int) -> None:
+    """Refuse what no engine can compute, before it is queued.
+
+    Args:
+        context: tokens that prompt and completion may have together.
+        vocabulary: how many token ids there are.
+
+    Raises:
+        ValueError: with what was given and what is allowed.
+    """
+    prompt = len(request.prompt)
+    if prompt == 0:
+        raise ValueError("the prompt has no tokens; it needs at least one")
+    if prompt > context - 1:
+        raise ValueError(
+            f"a prompt of {prompt} tokens leaves no room in the model's context of "
+            f"{context}; give at most {context - 1}"
+        )
+    for name, ids in (("prompt", request.prompt), ("banned", request.banned)):
+        wrong = [id for id in ids if not 0 <= id < vocabulary]
+        if wrong:
+            raise ValueError(f"{name} holds token id {wrong[0]}; ids go from 0 to {vocabulary - 1}")
+    if len(set(request.banned)) == vocabulary:
+        raise ValueError(f"all {vocabulary} tokens are banned; leave at least one")
+    if request.max_tokens < 1:
+        raise ValueError(f"max_tokens must be at least 1, got {request.max_tokens}")
+    if not (request.temperature >= 0 and math.isfinite(request.temperature)):
+        raise ValueError(f"temperature must be 0 or greater, got {request.temperature}")
+    if not 0 < request.top_p <= 1:
+        raise ValueError(f"top_p must be above 0 and at most 1, got {request.top_p}")
+    if request.logprobs is not None and not 0 <= request.logprobs <= vocabulary:
+        raise ValueError(f"logprobs must be from 0 to {vocabulary}, got {request.logprobs}")
+    if not -(2**63) <= request.seed < 2**64:
+        raise ValueError(f"seed must fit 64 bits, got {request.seed}")

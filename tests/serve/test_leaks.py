@@ -216,7 +216,7 @@ def test_every_number_is_of_the_defended_distribution(
     expected: list[tuple[float | None, int]] = []
     for (name, token), setting in zip(made.keys.items(), settings, strict=True):
         assert name == f"{setting[0]}-{setting[1]}"
-        for path, stream, question in itertools.product((CHAT, TEXT), (False, True), questions(1)):
+        for path, stream, question in itertools.product((CHAT, TEXT), (False, True), questions(2)):
             shown = {"logprobs": True, "top_logprobs": 5} if path == CHAT else {"logprobs": 5}
             for more in ({}, {"temperature": 1.2, "top_p": 0.9, "seed": 7, "n": 2}):
                 asked = body(path, question, stream=stream, **shown, **more)
@@ -234,8 +234,7 @@ def test_every_number_is_of_the_defended_distribution(
     assert made.undefended.asked == {}
     # The test means something: so many numbers would have given the other distribution away.
     for (strength, _), count in telling.items():
-        # How many depends on the keys, which are drawn anew; a weak mark tells least.
-        assert count == 0 if strength == 0 else count > 300, telling
+        assert count == 0 if strength == 0 else count > 1000, telling
 
 
 def test_no_field_changes_a_strength(guarded: Callable[..., Guarded]) -> None:
@@ -358,7 +357,7 @@ def test_a_distillation_key_gets_the_undefended_teacher_by_its_name_alone(
         numbers = reference.numbers(
             recording.asked[id], recording.wrote[id], choice, defended=defended
         )
-        assert (check(numbers, 4) > 20) == defended
+        assert (check(numbers, 4) > 50) == defended
         assert len(numbers) > 100
     assert clean.json()["model"] == name
     (line,) = decisions(made.gateway, "licence")
@@ -443,7 +442,7 @@ def test_no_word_of_the_reasoning_leaves(
     made = guarded(Policy(tiers={"hidden": wide(logprobs="topk", decimals=4, reasoning=mode)}))
     token, tokenizer = made.keys["hidden"], teacher.tokenizer
     calls: list[Call] = []
-    for question in questions(2):
+    for question in questions(4):
         for length in (*range(1, 12), 20, 28, 36, 64):
             for path, stream in itertools.product((CHAT, TEXT), (False, True)):
                 shown = {"logprobs": True, "top_logprobs": 5} if path == CHAT else {"logprobs": 5}
@@ -469,8 +468,7 @@ def test_no_word_of_the_reasoning_leaves(
         if not call.body["stream"]:
             # Hidden words are written and paid for.
             assert answer.json()["usage"]["completion_tokens"] == len(wrote)
-    # The keys of the watermark are drawn anew, and with them where the tags come.
-    assert answered > 4
+    assert answered > 20
     assert made.undefended.asked == {}
 
 
@@ -492,4 +490,4 @@ def test_a_ban_of_the_tags_shows_no_reasoning(
     calls = [asked(path, *names) for names in subsets for path in (CHAT, TEXT)]
     for answer in send(made.gateway, calls):
         assert choices(answer)[0].text == ""
-        assert len(made.defended.wrote[f"{answer.headers['x-request-id']}-0"]) > 5
+        assert len(made.defended.wrote[f"{answer.headers['x-request-id']}-0"]) > 20

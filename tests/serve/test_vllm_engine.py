@@ -267,8 +267,8 @@ def test_what_is_too_much_is_refused_and_what_is_left_frees_its_place(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"prompt": ()}, "from 1 to 255 tokens"),
-        ({"prompt": (1,) * 256}, "from 1 to 255 tokens in a context of 256, got 256"),
+        ({"prompt": ()}, "the prompt has no tokens"),
+        ({"prompt": (1,) * 256}, "a prompt of 256 tokens leaves no room in the model's context"),
         ({"prompt": (1, 100_000)}, "prompt holds token id 100000"),
         ({"logprobs": 6}, "6"),
         ({"strength": -1.0}, "strength"),
