@@ -22,8 +22,6 @@ from azeotrope.tasks import TaskConfig
 from azeotrope.tasks import build as build_task
 from azeotrope.traces import write_traces
 
-SHARD = 250
-
 
 class GenerationJob(Config):
     """One shard: which problems, which model, how to draw, where to write."""

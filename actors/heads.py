@@ -10,9 +10,8 @@ import torch
 from pydantic import Field
 
 from actors import engine_check
-from actors.generator import SHARD
 from azeotrope import models
-from azeotrope.collect import collect
+from azeotrope.collect import SHARD, collect, finish
 from azeotrope.config import Config, write_json
 from azeotrope.defenses import base as defenses
 from azeotrope.defenses.base import Head
@@ -25,6 +24,7 @@ from azeotrope.surrogate import surrogate_from
 from azeotrope.tasks import TaskConfig
 from azeotrope.tasks import build as build_task
 from azeotrope.tokens import encode_prompt
+from azeotrope.traces import ground_truth
 from azeotrope.vocabulary import token_rows
 
 CHECKED_PROMPTS = 16
@@ -160,4 +160,14 @@ def _measure(loaded: models.Loaded, job: HeadJob) -> Utility:
             traces = collect(loaded, task, problems[start : start + job.shard], sampling)
             right += sum(trace.correct for trace in traces)
         rates.append(right / len(problems))
-    return Utility(*rates)
+    if floor.begun is None:
+        return Utility(*rates)
+    truth = [trace for trace in ground_truth(task, problems) if trace.correct]
+    if not truth:
+        raise ValueError(
+            f"floor.begun: none of the ground truth of {len(problems)} validation problems is "
+            "right, so there is nothing to begin with; take more problems, or set floor.begun=null"
+        )
+    greedy = Sampling(temperature=0.0, max_new_tokens=job.max_new_tokens)
+    finished = finish(loaded, task, truth, greedy, shard=job.shard)
+    return Utility(*rates, begun=sum(finished) / len(finished))

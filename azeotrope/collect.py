@@ -12,6 +12,8 @@ from azeotrope.traces import Trace, row_seed, trace_id
 
 BEGUN = 0.25
 """Share of a right solution that a teacher is given as its own, to go on from there."""
+SHARD = 250
+"""Problems that are answered side by side."""
 Adjust = Callable[[Tensor, list[list[int]]], Tensor]
 
 
@@ -73,19 +75,33 @@ def collect(
 
 
 def finish(
-    loaded: Loaded, task: Task, texts: Sequence[Trace], sampling: Sampling, *, share: float
+    loaded: Loaded,
+    task: Task,
+    texts: Sequence[Trace],
+    sampling: Sampling,
+    *,
+    share: float = BEGUN,
+    shard: int = SHARD,
 ) -> list[bool]:
     """Whether a model comes to the right answer when others have begun the completion.
 
     Args:
         share: of each text's tokens that are given to the model as written already; the model
             writes the rest.
+        shard: texts that are finished side by side.
 
     Raises:
         ValueError: if the share is not in [0, 1).
     """
     if not 0 <= share < 1:
         raise ValueError(f"share must be in [0, 1), got {share}")
+    parts = (texts[at : at + shard] for at in range(0, len(texts), shard))
+    return [right for part in parts for right in _finish(loaded, task, part, sampling, share)]
+
+
+def _finish(
+    loaded: Loaded, task: Task, texts: Sequence[Trace], sampling: Sampling, share: float
+) -> list[bool]:
     tokenizer = loaded.tokenizer
     begun: list[list[int]] = []
     for text in texts:

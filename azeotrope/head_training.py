@@ -47,6 +47,13 @@ class UtilityFloor(Config):
 
     greedy: float = Field(default=0.98, gt=0, le=1)
     sampled: float = Field(default=0.95, gt=0, le=1)
+    begun: float | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        description="of greedy answers that somebody else began, in the words of the ground truth; "
+        "null does not ask, and lets a head be useful in its own style alone",
+    )
     problems: int = Field(default=300, ge=1, description="held-out validation problems")
     temperature: float = Field(default=1.0, gt=0, description="of the sampled check")
     rounds: int = Field(default=4, ge=1)
@@ -60,6 +67,16 @@ class UtilityFloor(Config):
         description="the first pass that is held to the floor. Earlier ones may fall below it "
         "where later ones repair the teacher on what it writes then",
     )
+
+    def holds(self, found: "Utility", clean: "Utility") -> bool:
+        """Whether a teacher is as useful as it must be, beside the undefended one."""
+        asked = [
+            (self.greedy, found.greedy, clean.greedy),
+            (self.sampled, found.sampled, clean.sampled),
+        ]
+        if self.begun is not None:
+            asked.append((self.begun, found.begun or 0.0, clean.begun or 0.0))
+        return all(now >= share * before for share, now, before in asked)
 
 
 class HeadTraining(Config):
@@ -128,6 +145,8 @@ class Utility:
 
     greedy: float
     sampled: float
+    begun: float | None = None
+    """Where others began the answers; None if the floor does not ask."""
 
 
 @dataclass
@@ -260,10 +279,7 @@ def _search(
         defense.strength = base * factor  # type: ignore[attr-defined]
         log = _fit(head, proxies, data, defense, config.fit, folder, number, on_step)
         utility = measure(head)
-        accepted = (
-            utility.greedy >= floor.greedy * clean.greedy
-            and utility.sampled >= floor.sampled * clean.sampled
-        )
+        accepted = floor.holds(utility, clean)
         strength = defense.config.strength * factor
         scored = score(head)
         loss = log[-1].loss if log else 0.0

@@ -25,6 +25,7 @@ from azeotrope.figures import Plot, PlotLine
 from azeotrope.report import write_report
 from workflows.pipeline import run as run_pipeline
 from workflows.pipeline import show, wide_console
+from workflows.probes import BEGUN_METRIC
 from workflows.settings import DefenseChoice, ExperimentConfig, load
 
 OF_ATTACKS = ("kd_weight", "temperature")
@@ -139,11 +140,11 @@ def _measured(rows: Sequence[Row], tag: str) -> dict[str, list[Accuracy]]:
     """Accuracies of one value's defense, or of its attacks, by what the plot calls them."""
     found: dict[str, list[Accuracy]] = {}
     for row in rows:
-        if row.metric != "accuracy":
+        if row.metric not in ("accuracy", BEGUN_METRIC):
             continue
         of_defense, of_attack = row.defense.endswith(f",{tag}"), row.cleanup == tag
         if row.role == "teacher" and of_defense:
-            label = f"teacher, {row.decoding}"
+            label = f"teacher, {row.decoding if row.metric == 'accuracy' else 'begun by others'}"
         elif row.role == "student" and (of_defense or of_attack):
             who = "" if of_defense else f", {'clean' if row.defense == 'none' else row.defense}"
             label = f"{row.model}: {row.attack}{who}"

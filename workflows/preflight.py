@@ -91,13 +91,13 @@ def _problems(config: ExperimentConfig) -> None:
     exams = max(config.teacher_problems, config.exam_problems if config.students else 0)
     checked = [CHECKED_PROMPTS, *held_out] if trained else []
     lessons = [LESSON_PROBLEMS for choice in config.defenses if choice.lesson is not None]
-    probed = max(config.probe.information, config.probe.begun) if config.probe else 0
+    informed, begun = (config.probe.information, config.probe.begun) if config.probe else (0, 0)
     wanted = {
         "train": max([config.most_traces, *(_own_problems(config, c) for c in config.defenses)]),
         "test": 0,
-        "validation": max([*checked, *lessons, probed, 0]),
+        "validation": max([*checked, *lessons, informed]),
     }
-    wanted[config.exam_split] = max(wanted[config.exam_split], exams)
+    wanted[config.exam_split] = max(wanted[config.exam_split], exams, begun)
     try:
         task = build_task(config.task)
         for split, count in wanted.items():

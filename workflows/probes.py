@@ -22,6 +22,7 @@ from workflows.stages import Stage
 from workflows.steps import Steps
 
 FILE = "probe.json"
+BEGUN_METRIC = "accuracy where others began the answer"
 TOP_K = 5
 """Log-probabilities that a generous API shows at a position."""
 DECIMALS = 2
@@ -55,8 +56,7 @@ def probe(config: ExperimentConfig, steps: Steps, clean: Taught, taught: list[Ta
         checkpoint = victim.checkpoint or config.teacher
         stage = _begun(config, steps, checkpoint, wanted.begun)
         data = json.loads((stage.path / FILE).read_text())
-        metric = "accuracy where others began the answer"
-        found.rows.append(_row(task, victim, metric, data, stage.seconds))
+        found.rows.append(_row(task, victim, BEGUN_METRIC, data, stage.seconds))
     for name in wanted.subspace:
         whose = victims if name == "teacher" else [None]
         for victim in whose:
@@ -103,17 +103,14 @@ def _information(config: ExperimentConfig, steps: Steps, checkpoint: str, texts:
 
 def _begun(config: ExperimentConfig, steps: Steps, checkpoint: str, texts: int) -> Stage:
     """A defense may keep a teacher useful in its own style alone; here the style is another's."""
-    truth = steps.held_out(texts)
+    truth = steps.examined(texts)
     right = [trace for trace in read_traces(truth.path) if trace.correct]
     if not right:
         raise ConfigError(f"probe.begun: none of {texts} ground-truth texts is right; take more")
 
     def make(folder: Path) -> None:
         loaded, task = models.load(checkpoint), build_task(config.task)
-        done = sum(
-            sum(finish(loaded, task, right[at : at + config.shard], config.greedy, share=BEGUN))
-            for at in range(0, len(right), config.shard)
-        )
+        done = sum(finish(loaded, task, right, config.greedy, shard=config.shard))
         data = {"value": done / len(right), "ci95": list(wilson(done, len(right)))}
         write_json(folder / FILE, {**data, "n": len(right)})
 

@@ -5,11 +5,11 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from actors.generator import SHARD
 from actors.resources import Resources
 from actors.students import Lora
 from azeotrope.attacks import base as attacks
 from azeotrope.attacks import cleanups
+from azeotrope.collect import SHARD
 from azeotrope.config import Config, ConfigError
 from azeotrope.config import load as load_config
 from azeotrope.defenses import base as defenses
@@ -98,8 +98,8 @@ class Probe(Config):
     begun: int = Field(
         default=0,
         ge=0,
-        description="validation texts of the ground truth of which the right ones are begun for "
-        "the teacher, to be finished by it; 0 skips",
+        description="texts of the ground truth of the problems of exams, of which the right ones "
+        "are begun for the teacher, to be finished by it; 0 skips",
     )
     subspace: tuple[str, ...] = Field(
         default=(),

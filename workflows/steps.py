@@ -164,6 +164,10 @@ class Steps:
         """Reference solutions that nobody learned from."""
         return self._truth("validation", count, 0)
 
+    def examined(self, count: int) -> Stage:
+        """Reference solutions of the problems that exams are about."""
+        return self._truth(self.config.exam_split, count, 0)
+
     def _truth(self, split: str, count: int, skip: int) -> Stage:
         task_config = self.config.task
 

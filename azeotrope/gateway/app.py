@@ -1,9 +1,9 @@
 """The gateway's HTTP side: a few routes, and a refusal in OpenAI's shape for everything else."""
 
+import asyncio
 import contextlib
 import json
-import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -16,12 +16,11 @@ from azeotrope import __version__
 from azeotrope.gateway.audit_log import AuditLogError
 from azeotrope.gateway.database import StoreError
 from azeotrope.gateway.errors import ApiError
-from azeotrope.gateway.refusals import overloaded
+from azeotrope.gateway.refusals import store_failed
 from azeotrope.gateway.requests import ChatRequest, CompletionRequest, Sampled
 from azeotrope.gateway.responses import Said, usage
 from azeotrope.gateway.service import Admitted, Gateway
 
-logger = logging.getLogger(__name__)
 _REFERENCE = "#/components/schemas/{model}"
 _BEARER = {"key": {"type": "http", "scheme": "bearer"}}
 _ERROR = {
@@ -81,7 +80,7 @@ def _handle_errors(app: FastAPI) -> None:
     @app.exception_handler(StoreError)
     @app.exception_handler(AuditLogError)
     async def closed(_: Request, error: Exception) -> JSONResponse:
-        shut = _closed(error)
+        shut = store_failed(error)
         return JSONResponse(shut.body(), shut.status, headers=shut.headers)
 
     @app.exception_handler(Exception)
@@ -91,19 +90,13 @@ def _handle_errors(app: FastAPI) -> None:
         return JSONResponse(failed.body(), failed.status)
 
 
-def _closed(error: Exception) -> ApiError:
-    """What is said outside when a store fails; where it lies stays here."""
-    logger.error("refusing: %s", error)
-    return overloaded("keys, quotas or the log cannot be reached", "store_unavailable")
-
-
 def _completions(app: FastAPI, gateway: Gateway) -> None:
     async def answer(request: Request, kind: type[Sampled]) -> Response:
         address = request.client.host if request.client else ""
         admitted = await gateway.admit(kind, request.headers, _reader(request), address)
         pieces = gateway.answer(admitted)
         if not admitted.stream:
-            return await _whole(gateway, admitted, pieces)
+            return await _unless_left(request, _whole(gateway, admitted, pieces))
         # What fails before the first token is still an ordinary error with a status.
         first = await anext(pieces)
         return StreamingResponse(
@@ -155,6 +148,26 @@ _REFUSALS = {
 }
 
 
+async def _unless_left(request: Request, work: Coroutine[Any, Any, Response]) -> Response:
+    """What the work makes, unless the client goes away first: then it is stopped.
+
+    Nobody reads the answer then. The body must have been read before.
+    """
+
+    async def left() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    tasks = answer, watch = asyncio.create_task(work), asyncio.create_task(left())
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        return await answer if answer.done() else Response(status_code=499)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(answer, watch, return_exceptions=True)
+
+
 async def _whole(
     gateway: Gateway, admitted: Admitted, pieces: AsyncGenerator[tuple[int, Said]]
 ) -> JSONResponse:
@@ -201,7 +214,7 @@ async def _events(
         yield _event(error.body())
         return
     except (StoreError, AuditLogError) as error:
-        yield _event(_closed(error).body())
+        yield _event(store_failed(error).body())
         return
     if admitted.wants_usage:
         yield _event(admitted.format.totals(usage(admitted.plan.prompt_tokens, tokens)))

@@ -17,7 +17,10 @@ from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from pydantic import ValidationError
 
+from azeotrope.gateway.audit_log import AuditLogError
+from azeotrope.gateway.database import StoreError
 from azeotrope.gateway.errors import ApiError
+from azeotrope.gateway.refusals import store_failed
 from azeotrope.gateway.service import Gateway
 from azeotrope.gateway.showcase import Ask, Showcase, Verdict
 from azeotrope.tasks import TaskConfig
@@ -152,6 +155,8 @@ async def _events(told: AsyncIterator[str | Verdict]) -> AsyncIterator[bytes]:
                     yield _event("text", {"text": item})
     except ApiError as error:
         yield _event("error", error.body())
+    except (StoreError, AuditLogError) as error:
+        yield _event("error", store_failed(error).body())
 
 
 def _event(name: str, data: dict[str, Any]) -> bytes:

@@ -1,11 +1,21 @@
 """Refusals that more than one station gives."""
 
+import logging
+
 from azeotrope.gateway.errors import ApiError
 from azeotrope.gateway.quotas import Refusal, Standing
+
+logger = logging.getLogger(__name__)
 
 
 def overloaded(message: str = "too many requests at once", code: str = "overloaded") -> ApiError:
     return ApiError(503, message, kind="server_error", code=code, headers={"retry-after": "1"})
+
+
+def store_failed(error: Exception) -> ApiError:
+    """What is said outside when keys, quotas or the log fail; where they lie stays here."""
+    logger.error("refusing: %s", error)
+    return overloaded("keys, quotas or the log cannot be reached", "store_unavailable")
 
 
 def suspended() -> ApiError:

@@ -61,10 +61,11 @@ class Slow(Engine):
     """An engine that writes one token again and again until it is told to stop."""
 
     def __init__(self, inner: Engine) -> None:
-        self.inner, self.rows, self.closed = inner, 0, 0
+        self.inner, self.rows, self.began, self.closed = inner, 0, 0, 0
 
     async def generate(self, request: EngineRequest) -> AsyncGenerator[Chunk]:
         self.rows += 1
+        self.began += 1
         try:
             async for chunk in self.inner.generate(replace(request, max_tokens=1)):
                 while True:
@@ -73,6 +74,13 @@ class Slow(Engine):
         finally:
             self.rows -= 1
             self.closed += 1
+
+
+def wait_until_free(slow: Slow) -> None:
+    until = time.monotonic() + WAIT_S
+    while slow.rows:
+        assert time.monotonic() < until, "the row is still written"
+        time.sleep(POLL_S)
 
 
 @pytest.fixture
@@ -254,13 +262,23 @@ def test_an_aborted_stream_is_settled_and_frees_its_row(
         pass
     assert slow.rows == 1
     stream.close()
-    until = time.monotonic() + WAIT_S
-    while slow.rows:
-        assert time.monotonic() < until, "the row is still written"
-        time.sleep(POLL_S)
+    wait_until_free(slow)
     (row,) = settled_usage(gateway)
     assert (slow.closed, row.open_requests) == (1, 0)
     assert 5 <= row.completion_tokens < 64
+
+
+def test_an_answer_that_nobody_waits_for_is_settled_and_frees_its_row(
+    opened: Any, engine: Engine, settled_usage: Any
+) -> None:
+    slow = Slow(engine)
+    gateway, _, ask = opened(slow)
+    with pytest.raises(openai.APITimeoutError):
+        ask.with_options(timeout=httpx.Timeout(WAIT_S, read=1.0)).chat.completions.create(**asked())
+    wait_until_free(slow)
+    (row,) = settled_usage(gateway)
+    assert (row.requests, row.open_requests) == (1, 0)
+    assert slow.closed == slow.began == 1
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -12,11 +12,10 @@ import httpx
 import openai
 import pytest
 from fastapi import FastAPI
-from witness import Call, check_refusal, choices, decisions, send
+from witness import Call, FullLog, check_refusal, choices, decisions, send
 
 from azeotrope.batching import TransformersEngine
 from azeotrope.gateway.app import create_app
-from azeotrope.gateway.audit_log import AuditLog, AuditLogError
 from azeotrope.gateway.engine import Chunk, Engine, EngineRequest
 from azeotrope.gateway.keys import KeyStore
 from azeotrope.gateway.policy import Extraction, Policy, Tier
@@ -201,17 +200,6 @@ def test_who_collects_reasoning_is_noted_throttled_or_blocked(
 
 
 # What cannot be asked or written ---------------------------------------------------------------
-
-
-class FullLog(AuditLog):
-    """A log on a disk without room, once `full` is set."""
-
-    full = False
-
-    def write(self, *given: Any, **values: Any) -> None:
-        if self.full:
-            raise AuditLogError("the audit log cannot be written (no space left on device)")
-        super().write(*given, **values)
 
 
 def test_nothing_is_answered_that_cannot_be_logged(

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import httpx2
 import pytest
 from fastapi import FastAPI
+from witness import FullLog
 
 from azeotrope import models
 from azeotrope.batching import TransformersEngine
@@ -293,6 +294,17 @@ def test_a_failure_after_the_first_token_ends_without_a_verdict(
     assert events(response)[-1][1]["error"]["code"] == "engine_error"
     # What was seen is paid for, and no more.
     assert [row.completion_tokens for row in settled_usage(gateway)] == [1]
+
+
+def test_an_answer_that_cannot_be_logged_ends_without_a_verdict(gateway_factory, tmp_path):
+    gateway = gateway_factory()
+    _, token = gateway.keys.create("alice")
+    gateway.log = log = FullLog(tmp_path / "full")
+    log.full = True
+    found = events(ask(with_page(gateway), headers=bearer(token)))
+    assert "verdict" not in dict(found)
+    assert found[-1][0] == "error"
+    assert found[-1][1]["error"]["code"] == "store_unavailable"
 
 
 def test_the_listing_has_questions_and_no_answers(gateway_factory):

@@ -1,6 +1,7 @@
 """The whole endpoint on Ray Serve: two gateways, two engines, many clients, and deaths.
 
-How long the load lasts is AZEOTROPE_LOAD_S seconds (8 unless it is set).
+How long the load lasts is AZEOTROPE_LOAD_S seconds (8 unless it is set); the engine is
+AZEOTROPE_ENGINE (transformers unless it is set).
 """
 
 import asyncio
@@ -29,6 +30,7 @@ logger = logging.getLogger(__name__)
 CLIENTS = 64
 PROBLEMS = 48
 LOAD_S = float(os.environ.get("AZEOTROPE_LOAD_S", "8"))
+ENGINE = os.environ.get("AZEOTROPE_ENGINE", "transformers")
 LEASE_S = 20.0
 AT_ONCE_S = 10.0
 """After a replica's death, on a machine that is busy with the load."""
@@ -57,7 +59,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def endpoint(folder: Path) -> Iterator[Served]:
-    settings = ("engine=transformers", "gateways.least=2", "engines.least=2", "name=teacher")
+    settings = (f"engine={ENGINE}", "gateways.least=2", "engines.least=2", "name=teacher")
     with served(folder, *settings) as running:
         yield running
 

@@ -17,6 +17,7 @@ import torch
 
 from azeotrope.defenses.watermark import green_list
 from azeotrope.gateway.app import create_app
+from azeotrope.gateway.audit_log import AuditLog, AuditLogError
 from azeotrope.gateway.engine import Chunk, Engine, EngineRequest
 from azeotrope.gateway.service import Gateway
 from azeotrope.models import Loaded
@@ -25,6 +26,17 @@ WATERMARK = {"name": "watermark", "strength": 4.0, "context": 1, "key": "the ope
 """With a context of one token all but the first number of a completion are moved."""
 FLOAT_ERROR = 2e-4
 """In nats, between two ways to compute the same log-probability in float32."""
+
+
+class FullLog(AuditLog):
+    """A log on a disk without room, once `full` is set."""
+
+    full = False
+
+    def write(self, *given: Any, **values: Any) -> None:
+        if self.full:
+            raise AuditLogError("the audit log cannot be written (no space left on device)")
+        super().write(*given, **values)
 
 
 class Recording(Engine):

@@ -13,6 +13,7 @@ from workflows import settings
 from workflows.ablate import plot, vary
 from workflows.pipeline import cells_of
 from workflows.preflight import preflight
+from workflows.probes import BEGUN_METRIC
 
 
 def varied(
@@ -127,6 +128,8 @@ def test_a_defenses_values_are_drawn_for_teacher_and_students() -> None:
         row(0.2, defense="cmi,strength=0.3", seed=0), row(0.3, defense="cmi,strength=0.3", seed=1),
         row(0.6, defense="cmi,strength=0.03"), row(0.8),
         row(0.5, defense="cmi,strength=0.03", metric="repeated"),
+        row(0.4, role="teacher", model="teacher", attack="none", defense="cmi,strength=0.3",
+            decoding="none", metric=BEGUN_METRIC),
     ]  # fmt: skip
     found = plot(rows, "strength", [0.3, 0.03])
     assert line(found.lines, "teacher, greedy").x == [0.03, 0.3]
@@ -135,8 +138,9 @@ def test_a_defenses_values_are_drawn_for_teacher_and_students() -> None:
     expected = mean_accuracy([Accuracy(0.2, 200), Accuracy(0.3, 200)])
     assert student.y == pytest.approx([0.6, 0.25])
     assert (student.low[1], student.high[1]) == pytest.approx((expected.lo, expected.hi))
+    assert line(found.lines, "teacher, begun by others").y == pytest.approx([0.4])
     # The undefended student has no value of the setting.
-    assert len(found.lines) == 2
+    assert len(found.lines) == 3
     assert found.log_x
     plot_figure(found)
 

@@ -236,7 +236,13 @@ def features(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def train_pass(
-    teacher: Path, features: Path, folder: Path, *, keeps_floor: bool, rate: float
+    teacher: Path,
+    features: Path,
+    folder: Path,
+    *,
+    keeps_floor: bool,
+    rate: float,
+    begun: float | None = None,
 ) -> dict[str, Any]:
     """One pass with one round, as a worker trains it; what `head.json` says of it."""
     job = HeadJob(
@@ -249,7 +255,9 @@ def train_pass(
         training=HeadTraining.model_validate(
             {
                 "fit": {"steps": 2, "batch_size": 2, "learning_rate": rate, "log_every": 1},
-                "floor": {"problems": 8, "rounds": 1, "greedy": 0.5, "sampled": 0.5},
+                "floor": {
+                    "problems": 8, "rounds": 1, "greedy": 0.5, "sampled": 0.5, "begun": begun,
+                },
             }
         ),
         features=(str(features),),
@@ -303,6 +311,19 @@ def test_a_round_that_holds_is_exported_even_from_a_head_that_did_not(
     assert about["rounds"][0]["score"] < 1
     assert about["export"]["vllm_difference"] is None or about["export"]["vllm_difference"] < 1e-3
     assert _notes("cmi", [about]) == []
+
+
+def test_answers_that_others_began_are_measured_where_the_floor_asks(
+    spoiled: Path, features: Path, tmp_path: Path
+) -> None:
+    about = train_pass(spoiled, features, tmp_path, keeps_floor=False, rate=GENTLE, begun=0.9)
+    assert about["clean"]["begun"] >= 0.9
+    (only,) = about["rounds"]
+    assert only["accepted"] is (only["utility"]["begun"] >= 0.9 * about["clean"]["begun"])
+    ruined = train_pass(
+        spoiled, features, tmp_path / "ruined", keeps_floor=False, rate=RUINOUS, begun=0.9
+    )
+    assert ruined["rounds"][0]["utility"]["begun"] < about["clean"]["begun"]
 
 
 # What is said of it

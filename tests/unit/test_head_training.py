@@ -1,6 +1,7 @@
 """The search for a strength: good rounds go on, bad rounds leave no trace, kills cost nothing."""
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,14 @@ from torch import Tensor
 
 from azeotrope.defenses.base import Defense, DefenseConfig, Head, ProxyHead
 from azeotrope.features import FeatureBatch, FeaturePair, Features
-from azeotrope.head_training import HeadResult, HeadTraining, Round, Utility, train_head
+from azeotrope.head_training import (
+    HeadResult,
+    HeadTraining,
+    Round,
+    Utility,
+    UtilityFloor,
+    train_head,
+)
 from azeotrope.training import TokenSum
 
 CLEAN = Utility(0.9, 0.8)
@@ -136,6 +144,18 @@ def test_greedy_and_sampled_answers_must_both_stay_above_the_floor(
     result = search(new_head(), [utility], training(1, greedy=0.5, sampled=0.5))
     assert result.rounds[0].accepted is accepted
     assert result.rounds[0].utility == utility
+
+
+@pytest.mark.parametrize(("begun", "accepted"), [(0.45, True), (0.44, False), (None, False)])
+def test_answers_that_others_began_count_where_the_floor_asks(
+    begun: float | None, accepted: bool
+) -> None:
+    clean = replace(CLEAN, begun=0.9)
+    useful = replace(GOOD, begun=begun)
+    floor = UtilityFloor(begun=0.5)
+    assert floor.holds(useful, clean) is accepted
+    assert UtilityFloor().holds(useful, clean)
+    assert not floor.holds(replace(BAD, begun=1.0), clean)
 
 
 SCRIPT = [GOOD, BAD, GOOD, BAD]

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -74,8 +75,10 @@ def clean(folder: Path) -> Taught:
     return Taught(None, stage, stage, stage)
 
 
-def steps(folder: Path, wanted: Probe | None) -> Here:
-    config = ExperimentConfig(name="probed", cache=str(folder), probe=wanted)
+def steps(
+    folder: Path, wanted: Probe | None, split: Literal["test", "validation"] = "test"
+) -> Here:
+    config = ExperimentConfig(name="probed", cache=str(folder), probe=wanted, exam_split=split)
     return Here(config, Display())
 
 
@@ -167,12 +170,15 @@ def test_only_teachers_that_are_a_checkpoint_are_measured(tmp_path: Path) -> Non
     assert {row.defense for row in found.rows} == {"none"}
 
 
-def test_answers_that_others_began_are_finished_by_every_teacher(tmp_path: Path) -> None:
+@pytest.mark.parametrize("split", ["test", "validation"])
+def test_answers_that_others_began_are_finished_by_every_teacher(
+    split: Literal["test", "validation"], tmp_path: Path
+) -> None:
     flat = victim("flat", tmp_path, 0.0)
-    made = steps(tmp_path, Probe(information=0, begun=TEXTS))
+    made = steps(tmp_path, Probe(information=0, begun=TEXTS), split)
     found = probe(made.config, made, clean(tmp_path), [flat])
     task = tasks.build(tasks.PocketConfig())
-    right = [t for t in ground_truth(task, task.problems("validation", TEXTS)) if t.correct]
+    right = [t for t in ground_truth(task, task.problems(split, TEXTS)) if t.correct]
     assert 5 < len(right) < TEXTS, "slips are no fair beginning"
     assert [(row.defense, row.n) for row in found.rows] == [
         ("none", len(right)),
