@@ -8,6 +8,7 @@ from fastapi import FastAPI
 from pydantic import Field
 from ray import serve
 from ray.serve.handle import DeploymentHandle
+from transformers import PreTrainedTokenizerBase
 
 from actors.engine import RemoteEngine
 from azeotrope import models
@@ -65,8 +66,10 @@ def build_gateway(
         boundary=settings.boundary,
         rewriting=tuple(defenses.resolve(dict(item)) for item in settings.rewriting),
     )
-    _check_tags(settings, model)
+    _check_tags(settings.policy, settings, model.tokenizer)
     store = Path(settings.store)
+    if SHARED in os.environ:
+        Path(os.environ[SHARED]).mkdir(mode=0o700, parents=True, exist_ok=True)
 
     async def ready() -> bool:
         return await engine.ready() and (undefended is None or await undefended.ready())
@@ -81,18 +84,20 @@ def build_gateway(
     )
 
 
-def _check_tags(settings: GatewaySettings, model: Model) -> None:
+def _check_tags(
+    policy: Policy, settings: GatewaySettings, tokenizer: PreTrainedTokenizerBase
+) -> None:
     """Tags that the tokenizer drops cannot say where hidden reasoning ends.
 
     Raises:
         ValueError: if a tier hides the reasoning and its closing tag does not survive decoding.
     """
-    hides = any(tier.reasoning != "shown" for tier in settings.policy.tiers.values())
+    hides = any(tier.reasoning != "shown" for tier in policy.tiers.values())
     tag = settings.boundary.close_tag
     if not hides or not tag:
         return
-    ids = model.tokenizer(tag, add_special_tokens=False)["input_ids"]
-    if tag not in decode(model.tokenizer, ids):  # type: ignore[arg-type]
+    ids = tokenizer(tag, add_special_tokens=False)["input_ids"]
+    if tag not in decode(tokenizer, ids):  # type: ignore[arg-type]
         raise ValueError(
             f"the tokenizer of {settings.tokenizer} leaves {tag!r} out of its text, so a tier with "
             "reasoning cut or summary could not tell where the answer begins; set every tier's "
@@ -130,12 +135,14 @@ class GatewayReplica:
 
     def reconfigure(self, user_config: dict[str, Any]) -> None:
         """New rules without a restart: `user_config` of the deployment is a policy."""
-        self.gateway.apply(Policy.model_validate(user_config))
+        policy = Policy.model_validate(user_config)
+        _check_tags(policy, self.settings, self.gateway.model.tokenizer)
+        self.gateway.apply(policy)
 
 
-def environment(store: Path) -> dict[str, str]:
+def environment(metrics: Path) -> dict[str, str]:
     """Variables that a replica must have before its first import."""
     return {
-        SHARED: str(store / METRICS),
+        SHARED: str(metrics),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
     }

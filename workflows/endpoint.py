@@ -6,6 +6,7 @@ What is served, and how, is in `workflows/serve.py`.
 import contextlib
 import logging
 import os
+import shutil
 import signal
 import socket
 import threading
@@ -34,7 +35,16 @@ from azeotrope.config import load as load_config
 from azeotrope.gateway.keys import KEYS_FILE, KeyStore
 from azeotrope.gateway.policy import Policy
 from workflows.points import Point, find_point
-from workflows.serve import APP, DRAIN_S, LOGGING, ServeConfig, build, deploy_file, is_loopback
+from workflows.serve import (
+    APP,
+    DRAIN_S,
+    LOGGING,
+    ServeConfig,
+    build,
+    deploy_file,
+    is_loopback,
+    metrics_folder,
+)
 
 READY_TIMEOUT_S = 300.0
 POLL_S = 0.2
@@ -59,6 +69,8 @@ def main(
         _write(config, Path(write), console)
         return
     check_network(config)
+    # Numbers of processes that are gone would be counted again.
+    shutil.rmtree(metrics_folder(config), ignore_errors=True)
     started = time.perf_counter()
     with _step(console, "starting Ray"):
         session.start(Resources(), offline=True)

@@ -13,7 +13,6 @@ What is served is a run's point or a checkpoint; one whose export was not checke
 
 import ipaddress
 import os
-import shutil
 from pathlib import Path
 from typing import Any, Self
 
@@ -229,7 +228,7 @@ def _gateway_options(args: ServeConfig) -> dict[str, Any]:
         # Mostly waiting: it reads, counts and writes.
         "ray_actor_options": {
             "num_cpus": 0.1,
-            "runtime_env": {"env_vars": REPLICA_ENV | environment(args.folder)},
+            "runtime_env": {"env_vars": REPLICA_ENV | environment(metrics_folder(args))},
         },
     }
 
@@ -269,15 +268,20 @@ def _is_pocket(checkpoint: str) -> bool:
 def _open_store(folder: Path) -> Path:
     """Have the stores, so that replicas find them: they refuse to start without."""
     KeyStore(folder / KEYS_FILE)
-    shared = folder / METRICS
-    # Numbers of processes that are gone would be counted again.
-    shutil.rmtree(shared, ignore_errors=True)
-    shared.mkdir(mode=0o700, parents=True)
     return folder
 
 
+def metrics_folder(config: ServeConfig) -> Path:
+    """What the processes of one endpoint count into; another endpoint has another port."""
+    return config.folder / METRICS / str(config.port)
+
+
 def deploy_file(config: ServeConfig) -> dict[str, Any]:
-    """What `serve deploy` reads. Ray's own `serve build` would bind to every address."""
+    """What `serve deploy` reads. Ray's own `serve build` would bind to every address.
+
+    The policy is there twice. A change in the arguments makes every replica anew; one in
+    `user_config` reaches the gateways while they run.
+    """
     return {
         "proxy_location": "EveryNode",
         "http_options": {"host": config.host, "port": config.port},
@@ -288,6 +292,7 @@ def deploy_file(config: ServeConfig) -> dict[str, Any]:
                 "route_prefix": "/",
                 "import_path": "workflows.serve:build",
                 "args": config.dump(),
+                "deployments": [{"name": "Gateway", "user_config": config.policy.dump()}],
             }
         ],
     }

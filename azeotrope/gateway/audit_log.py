@@ -126,6 +126,16 @@ class AuditLog:
                 removed.append(path)
         return removed
 
+    def check(self) -> None:
+        """See whether a line could be written.
+
+        Raises:
+            AuditLogError: if today's file cannot be opened any more.
+        """
+        with self._lock:
+            if not self._closed:
+                self._file(time.time())
+
     def close(self) -> None:
         """Close the file; a second time does nothing."""
         with self._lock:
@@ -139,12 +149,15 @@ class AuditLog:
         self.close()
 
     def _file(self, now: float) -> int:
-        """The descriptor of this day's and this process's file; a fork gets another."""
+        """The descriptor of this day's and this process's file; a fork gets another.
+
+        So does a file that somebody moved away: lines written to it would be seen by nobody.
+        """
         day = datetime.fromtimestamp(now, UTC).date().isoformat()
         wanted = (day, os.getpid())
-        if self._descriptor is not None and wanted == self._open_for:
-            return self._descriptor
         path = self.folder / f"audit-{day}-{os.getpid()}.jsonl"
+        if self._descriptor is not None and wanted == self._open_for and self._is_at(path):
+            return self._descriptor
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
         try:
             descriptor = os.open(path, flags, 0o600)
@@ -159,6 +172,15 @@ class AuditLog:
         self._release()
         self._descriptor, self._open_for = descriptor, wanted
         return descriptor
+
+    def _is_at(self, path: Path) -> bool:
+        assert self._descriptor is not None
+        try:
+            return os.path.samestat(os.fstat(self._descriptor), os.lstat(path))
+        except FileNotFoundError:
+            return False
+        except OSError as error:
+            raise self._explained(error) from error
 
     def _release(self) -> None:
         if self._descriptor is not None:

@@ -26,7 +26,7 @@ class Metrics:
 
         self._requests = counter("requests", "requests answered to their end", "tier")
         self._refused = counter("refused", "requests refused, by the station that did", "why")
-        self._tokens = counter("tokens", "tokens of settled requests", "kind")
+        self._tokens = counter("tokens", "tokens of settled requests", "kind", "teacher")
         self._extraction = counter("extraction_looks", "looks at a key's last requests", "found")
         self._first = Histogram(
             "azeotrope_first_token_seconds",
@@ -41,9 +41,10 @@ class Metrics:
     def refused(self, why: str) -> None:
         self._refused.labels(why).inc()
 
-    def tokens(self, prompt: int, completion: int) -> None:
-        self._tokens.labels("prompt").inc(prompt)
-        self._tokens.labels("completion").inc(completion)
+    def tokens(self, prompt: int, completion: int, *, undefended: bool) -> None:
+        teacher = "undefended" if undefended else "defended"
+        self._tokens.labels("prompt", teacher).inc(prompt)
+        self._tokens.labels("completion", teacher).inc(completion)
 
     def extraction(self, suspicious: bool) -> None:
         self._extraction.labels("suspicious" if suspicious else "nothing").inc()

@@ -37,7 +37,10 @@ class Tier(Config):
         "puts one line in the reasoning's place that says how long it was",
     )
     strength: float | None = Field(
-        default=None, ge=0, description="of decoding defenses; null takes the configured one"
+        default=None,
+        gt=0,
+        description="of decoding defenses; null takes the configured one. Whoever may have the "
+        "undefended teacher needs a licence, not a strength of 0",
     )
     requests_per_minute: int = Field(default=600, ge=1)
     tokens_per_minute: int = Field(default=200_000, ge=1)

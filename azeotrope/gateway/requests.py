@@ -28,9 +28,17 @@ class TextPart(_Strict):
 
 
 class ChatMessage(_Strict):
+    """One turn. Clients send an answer of ours back as it came, with all that was not in it."""
+
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[TextPart]
     name: str | None = None
+    type: Literal["text"] | None = Field(default=None, description="some clients write it here")
+    refusal: None = None
+    annotations: None = None
+    audio: None = None
+    function_call: None = None
+    tool_calls: None = None
 
     def plain(self) -> Message:
         """As chat templates want it."""

@@ -36,6 +36,8 @@ from azeotrope.tokens import Boundary
 from azeotrope.vocabulary import token_rows
 
 logger = logging.getLogger(__name__)
+BODY_S = 10.0
+"""In which a request's body must be here."""
 UNDEFENDED = ":undefended"
 """Ends the name of the licensed model."""
 
@@ -65,6 +67,7 @@ class Admitted:
     tier: Tier
     plan: Plan
     engine: Engine
+    undefended: bool
     format: Format
     stream: bool
     wants_usage: bool
@@ -185,7 +188,7 @@ class Gateway:
             raise overloaded()
         self._arriving += 1
         try:
-            request = parse(kind, await read(self.policy.most_bytes))
+            request = parse(kind, await self._body(read))
             engine = self._engine(key, request.model)
             planned = await self.plan(key, request)
             self._suspicion.look(key.id, self._observe(request, planned, headers, address))
@@ -195,6 +198,15 @@ class Gateway:
             raise
         finally:
             self._arriving -= 1
+
+    async def _body(self, read: Callable[[int], Awaitable[bytes]]) -> bytes:
+        # A place is held meanwhile, and whoever sends a byte a minute would hold many.
+        try:
+            async with asyncio.timeout(BODY_S):
+                return await read(self.policy.most_bytes)
+        except TimeoutError:
+            message = f"the body did not arrive within {BODY_S:g} seconds"
+            raise ApiError(408, message, code="timeout") from None
 
     async def plan(self, key: KeyRecord, request: Sampled) -> Plan:
         """What the engine will be asked, by the rules of the key's tier.
@@ -223,6 +235,8 @@ class Gateway:
             ApiError: 429 with Retry-After and the limits.
         """
         tier = self.policy.tiers[key.tier]
+        # First of all: what cannot be written down is not answered.
+        self._write(key, "asked", planned, undefended=engine is not self.model.engine)
         found = await self.open.reserve(
             key.id,
             planned.identity,
@@ -253,6 +267,7 @@ class Gateway:
             tier=tier,
             plan=planned,
             engine=engine,
+            undefended=engine is not self.model.engine,
             format=(ChatFormat if chat else CompletionFormat)(
                 f"{'chatcmpl' if chat else 'cmpl'}-{planned.identity}",
                 request.model,
@@ -338,14 +353,28 @@ class Gateway:
         tokens = self.open.settle(admitted.id)
         if tokens is None:
             return
-        prompt = admitted.plan.prompt_tokens
-        self.metrics.tokens(prompt, tokens)
+        self.metrics.tokens(admitted.plan.prompt_tokens, tokens, undefended=admitted.undefended)
+        event = "licence" if admitted.undefended else "request"
+        self._write(
+            admitted.key, event, admitted.plan, undefended=admitted.undefended, written=tokens
+        )
+
+    def _write(
+        self,
+        key: KeyRecord,
+        event: str,
+        planned: Plan,
+        *,
+        undefended: bool,
+        written: int | None = None,
+    ) -> None:
         self.log.write(
-            admitted.key.id,
-            "request" if admitted.engine is self.model.engine else "licence",
-            request=admitted.id,
-            prompt_tokens=prompt,
-            completion_tokens=tokens,
+            key.id,
+            event,
+            request=planned.identity,
+            prompt_tokens=planned.prompt_tokens,
+            completion_tokens=written,
+            undefended=undefended,
         )
 
     # Upkeep ------------------------------------------------------------------------------
@@ -355,6 +384,7 @@ class Gateway:
         try:
             await asyncio.to_thread(self.keys.find, "az-nobody")
             await asyncio.to_thread(self.ledger.sweep)
+            await asyncio.to_thread(self.log.check)
             return self._ready is None or await self._ready()
         except Exception as error:
             logger.warning("not ready: %s", error)

@@ -155,6 +155,20 @@ def test_a_stream_says_the_same_and_tells_its_usage(opened: Any, greedy: str) ->
     assert (parts[-1].choices, parts[-1].usage) == ([], whole.usage)
 
 
+@pytest.mark.parametrize("whole", [False, True])
+def test_an_answer_can_be_sent_back_as_a_turn(whole: bool, opened: Any) -> None:
+    _, _, ask = opened()
+    first = ask.chat.completions.create(**asked()).choices[0].message
+    turns = [*question(), first.model_dump() if whole else first, *question()]
+    second = ask.chat.completions.create(**{**asked(max_tokens=4), "messages": turns})
+    plain = {"role": "assistant", "content": first.content}
+    same = ask.chat.completions.create(
+        **{**asked(max_tokens=4), "messages": [*question(), plain, *question()]}
+    )
+    assert second.usage == same.usage
+    assert second.choices[0].message.content == same.choices[0].message.content
+
+
 def test_completions_take_prompts_n_stops_and_seeds(opened: Any) -> None:
     _, _, ask = opened()
     drawn: dict[str, Any] = {"model": "teacher", "temperature": 1.0, "max_tokens": 12, "seed": 3}

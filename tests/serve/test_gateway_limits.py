@@ -15,6 +15,7 @@ from fastapi import FastAPI
 from witness import Call, FullLog, check_refusal, choices, decisions, send
 
 from azeotrope.batching import TransformersEngine
+from azeotrope.gateway import service
 from azeotrope.gateway.app import create_app
 from azeotrope.gateway.engine import Chunk, Engine, EngineRequest
 from azeotrope.gateway.keys import KeyStore
@@ -113,6 +114,27 @@ def test_a_replica_has_so_many_requests_in_flight(
     assert bob.chat.completions.create(**asked()).choices
 
 
+def test_a_body_that_does_not_come_is_not_waited_for(
+    gateway_factory: Any, live_server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service, "BODY_S", 0.3)
+    gateway: Gateway = gateway_factory(Policy(in_flight=1))
+    url = live_server(create_app(gateway))
+    _, token = gateway.keys.create("alice")
+
+    def slowly() -> Iterator[bytes]:
+        yield b'{"model": '
+        time.sleep(1.0)
+        yield b'"teacher"}'
+
+    headers = {"authorization": f"Bearer {token}", "content-type": "application/json"}
+    answer = httpx.post(f"{url}{CHAT}", content=slowly(), headers=headers, timeout=10)
+    assert answer.status_code == 408
+    check_refusal(answer)
+    # Its place is free again.
+    assert client(url, token).chat.completions.create(**asked()).choices
+
+
 def _id(gateway: Gateway, name: str) -> str:
     (found,) = (record.id for record in gateway.keys.list() if record.name == name)
     return found
@@ -207,11 +229,10 @@ def test_nothing_is_answered_that_cannot_be_logged(
 ) -> None:
     gateway: Gateway = gateway_factory()
     _, token = gateway.keys.create("alice")
-    gateway.log = log = FullLog(tmp_path / "full")
+    gateway.log = FullLog(tmp_path / "full", room=2)
     (answer,) = send(gateway, [Call(CHAT, token, asked())])
     assert answer.status_code == 200
-    log.full = True
-    for body in (asked(), asked(echo=True), asked(temperature=3)):
+    for body in (asked(), asked(stream=True), asked(echo=True), asked(temperature=3)):
         (answer,) = send(gateway, [Call(CHAT, token, body)])
         assert answer.status_code == 503, answer.text
         check_refusal(answer)
@@ -219,7 +240,7 @@ def test_nothing_is_answered_that_cannot_be_logged(
         # Where a store lies is nobody's business outside.
         assert "space" not in answer.text
     (row,) = settled_usage(gateway)
-    assert (row.requests, row.open_requests) == (2, 0)
+    assert (row.requests, row.open_requests) == (1, 0)
 
 
 def test_a_stream_that_cannot_be_logged_ends_with_an_error(
@@ -228,8 +249,7 @@ def test_a_stream_that_cannot_be_logged_ends_with_an_error(
     """Its words are out already; the client must not take it for a whole one."""
     gateway: Gateway = gateway_factory()
     _, token = gateway.keys.create("alice")
-    gateway.log = log = FullLog(tmp_path / "full")
-    log.full = True
+    gateway.log = FullLog(tmp_path / "full", room=1)
     (answer,) = send(gateway, [Call(CHAT, token, asked(stream=True))])
     assert answer.status_code == 200
     assert "[DONE]" not in answer.text

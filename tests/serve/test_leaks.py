@@ -35,7 +35,7 @@ from azeotrope.subspace import (
 from azeotrope.tokens import Boundary, decode, spans
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
-STRENGTHS = (0.0, 0.5, None, 9.0)
+STRENGTHS = (0.5, None, 9.0)
 """None is the engine's own; 0 is a tier whose keys are trusted with the undefended distribution."""
 
 
@@ -233,8 +233,7 @@ def test_every_number_is_of_the_defended_distribution(
             telling[setting] += check(reference.numbers(request, wrote, choice), setting[1])
     assert made.undefended.asked == {}
     # The test means something: so many numbers would have given the other distribution away.
-    for (strength, _), count in telling.items():
-        assert count == 0 if strength == 0 else count > 1000, telling
+    assert min(telling.values()) > 1000, telling
 
 
 def test_no_field_changes_a_strength(guarded: Callable[..., Guarded]) -> None:

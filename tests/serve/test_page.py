@@ -299,8 +299,7 @@ def test_a_failure_after_the_first_token_ends_without_a_verdict(
 def test_an_answer_that_cannot_be_logged_ends_without_a_verdict(gateway_factory, tmp_path):
     gateway = gateway_factory()
     _, token = gateway.keys.create("alice")
-    gateway.log = log = FullLog(tmp_path / "full")
-    log.full = True
+    gateway.log = FullLog(tmp_path / "full", room=1)
     found = events(ask(with_page(gateway), headers=bearer(token)))
     assert "verdict" not in dict(found)
     assert found[-1][0] == "error"

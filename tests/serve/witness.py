@@ -10,6 +10,7 @@ import contextlib
 import json
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -29,12 +30,15 @@ FLOAT_ERROR = 2e-4
 
 
 class FullLog(AuditLog):
-    """A log on a disk without room, once `full` is set."""
+    """A log on a disk that has room for a few lines."""
 
-    full = False
+    def __init__(self, folder: Path, *, room: int) -> None:
+        super().__init__(folder)
+        self.room = room
 
     def write(self, *given: Any, **values: Any) -> None:
-        if self.full:
+        self.room -= 1
+        if self.room < 0:
             raise AuditLogError("the audit log cannot be written (no space left on device)")
         super().write(*given, **values)
 

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import resource
+import shutil
 import stat
 import threading
 from datetime import UTC, date, datetime
@@ -181,7 +182,8 @@ def test_it_does_not_follow_a_link(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no full device here")
-def test_a_full_disk_is_not_silent(tmp_path: Path) -> None:
+def test_a_full_disk_is_not_silent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(AuditLog, "_is_at", lambda *_: True)
     with AuditLog(tmp_path) as log:
         log.write("k", "request", at=NOON)
         full = os.open("/dev/full", os.O_WRONLY)
@@ -190,6 +192,20 @@ def test_a_full_disk_is_not_silent(tmp_path: Path) -> None:
         os.close(full)
         with pytest.raises(AuditLogError, match="No space left"):
             log.write("k", "request", at=NOON)
+
+
+def test_a_file_that_was_moved_away_is_made_again(tmp_path: Path) -> None:
+    with AuditLog(tmp_path) as log:
+        log.write("k", "request", at=NOON)
+        (path,) = tmp_path.glob("audit-2026-03-04-*")
+        path.rename(tmp_path / "old.jsonl")
+        log.write("k", "refused", at=NOON)
+        assert '"refused"' in path.read_text()
+        assert '"refused"' not in (tmp_path / "old.jsonl").read_text()
+        log.check()
+        shutil.rmtree(tmp_path)
+        with pytest.raises(AuditLogError, match="cannot be written"):
+            log.check()
 
 
 def _write_to_a_limit(log: AuditLog, limit: int) -> None:

@@ -111,6 +111,9 @@ def test_a_chat_becomes_what_the_template_makes_of_it(word: PreTrainedTokenizerF
     parts = [{"type": "text", "text": "joe has "}, {"type": "text", "text": "2 eggs ."}]
     same = planned(word, chat(messages=[{"role": "user", "content": parts}], seed=3))
     assert same.requests[0].prompt == ids
+    # Evaluation harnesses name the kind of a message's text in the message.
+    named = [{"type": "text", "role": "user", "content": QUESTION}]
+    assert planned(word, chat(messages=named)).requests[0].prompt == ids
 
 
 def test_what_is_left_of_the_context_bounds_an_answer(word: PreTrainedTokenizerFast) -> None:

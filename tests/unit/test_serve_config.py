@@ -131,6 +131,8 @@ def test_a_public_dashboard_needs_a_token(monkeypatch: pytest.MonkeyPatch) -> No
         ),
         ("extraction: {action: punish}", r"extraction.action: .*'observe', 'throttle' or 'block'"),
         ("tiers: {}", r"tiers: .*at least 1"),
+        # Undefended numbers are what a licence is for.
+        ("tiers: {standard: {strength: 0}}", "tiers.standard.strength: .*greater than 0"),
         ("tiers: {standard: {temperature: [1, 0.5]}}", r"\[least, greatest\], got \[1.0, 0.5\]"),
         ("[tiers]", "must hold a mapping"),
         ("tiers: {", "is not valid YAML"),
@@ -188,6 +190,9 @@ def test_a_written_file_is_one_that_serve_deploys_and_builds(tmp_path: Path) -> 
     # Serve makes the arguments into the type that `build` names.
     args = serve.ServeConfig.model_validate(application.args)
     assert args.policy.tiers["careful"].max_tokens == 64
+    # What reaches running gateways is what they began with.
+    [gateway] = application.deployments
+    assert (gateway.name, gateway.user_config) == ("Gateway", args.policy.dump())
     engine = bound(serve.build(args), "Defended")
     assert engine._deployment_config.autoscaling_config.max_replicas == 4
     assert engine._deployment_config.graceful_shutdown_timeout_s == 30 + serve.DRAIN_S
