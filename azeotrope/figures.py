@@ -182,11 +182,13 @@ def _legend_below(figure: Figure, grid: Iterable[Axes]) -> None:
     for axes in grid:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             named.setdefault(label, handle)
+    # In inches: a line with its gaps, and a letter. What does not fit would be cut off.
+    widest = 0.6 + 0.07 * max(map(len, named), default=0)
     figure.legend(
         list(named.values()),
         list(named),
         loc="outside lower center",
-        ncols=min(len(named), 5),
+        ncols=max(1, min(len(named), 5, int(figure.get_figwidth() / widest))),
         frameon=False,
         fontsize=9,
     )
