@@ -13,6 +13,7 @@ from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
+from azeotrope.gateway.beginning import overlap
 from azeotrope.gateway.engine import Chunk, Finish, Token
 from azeotrope.tokens import Boundary, decode, spans
 
@@ -102,7 +103,7 @@ class StopStrings:
             self._stopped, self._held = True, ""
             return text[: min(found)[1]], True
         # The longest end of the text that might become a stop waits for what follows.
-        waiting = max((_overlap(text, stop) for stop in self._stops), default=0)
+        waiting = max((overlap(text, stop) for stop in self._stops), default=0)
         self._held = text[len(text) - waiting :]
         return text[: len(text) - waiting], False
 
@@ -112,26 +113,33 @@ class StopStrings:
         return text
 
 
-def _overlap(text: str, stop: str) -> int:
-    """How many of the last characters are the first of a stop that is not complete."""
-    longest = min(len(text), len(stop) - 1)
-    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
-
-
 class ReasoningFilter:
     """Takes the reasoning out of a text that arrives in parts.
 
     `shown` passes everything. `cut` shows what `tokens.without_reasoning` leaves of the whole
     text, neither more nor less. `summary` puts a line in the reasoning's place that says how many
-    sentences it had. While it is not known whether a text is reasoning nothing is shown: the
-    opening tag may have stood in the prompt. So an answer streams once the closing tag has been
-    read; a text without tags is held back to its end, since a tag may still come.
+    sentences it had. While it is not known whether a text is reasoning nothing is shown. So an
+    answer streams once the closing tag has been read; a text without tags is held back to its end,
+    since a tag may still come.
+
+    Args:
+        opening: what the prompt has of tags, from `beginning.opening`. It is read in front of the
+            text and is no part of it, so a text that begins inside reasoning and does not close it
+            is hidden whole, whatever looks like an answer in it.
     """
 
-    def __init__(self, mode: Mode, boundary: Boundary, words: tuple[str, str] = WORDS) -> None:
+    def __init__(
+        self,
+        mode: Mode,
+        boundary: Boundary,
+        words: tuple[str, str] = WORDS,
+        *,
+        opening: str = "",
+    ) -> None:
         self._mode, self._boundary, self._words = mode, boundary, words
         self._tags = [tag for tag in (boundary.open_tag, boundary.close_tag) if tag]
-        self._held = ""
+        self._opening = len(opening)
+        self._held = opening
         self._line = ""
         self._begun = False
         self.start: int | None = 0 if mode == "shown" else None
@@ -154,7 +162,8 @@ class ReasoningFilter:
             start = self._answer(final)
             if start is None:
                 return "", ""
-            self.start = start
+            start = max(start, self._opening)
+            self.start = start - self._opening
             self._line = self._summary(self._held[:start])
             self._held = self._held[start:]
         if not self._begun:
@@ -231,6 +240,7 @@ class Writer:
 
     Args:
         words: see `WORDS`.
+        opening: see `ReasoningFilter`.
     """
 
     def __init__(
@@ -241,12 +251,13 @@ class Writer:
         *,
         boundary: Boundary,
         words: tuple[str, str] = WORDS,
+        opening: str = "",
     ) -> None:
         self.tokens = 0
         """Tokens of the engine so far, hidden ones included."""
         self.finish: Finish | None = None
         self._detokenizer = Detokenizer(tokenizer)
-        self._filter = ReasoningFilter(mode, boundary, words)
+        self._filter = ReasoningFilter(mode, boundary, words, opening=opening)
         self._stops = StopStrings(stops)
         self._unplaced: list[Token] = []
         self._placed: deque[_Placed] = deque()
