@@ -450,7 +450,7 @@ def rewritten(text: str, defense: Loses, mode: Mode, begins: str, **more) -> str
 def test_texts_to_rewrite_are_marked_and_hidden_as_others(kind: type[Loses]) -> None:
     for mode, hidden in (("cut", ""), ("summary", "[3 steps of reasoning are not shown]")):
         defense = kind()
-        # Not even handed over, for there is no answer in it.
+        # Not even handed over: there is no answer in it.
         assert rewritten(INSIDE, defense, mode, "<think>") == hidden
         assert defense.given == []
     closed = f"{INSIDE} </think> joe has 4"
