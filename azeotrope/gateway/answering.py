@@ -41,7 +41,7 @@ async def complete(
                 before = writer.tokens
                 piece = writer.feed(await _next(chunks, deadline))
                 on_tokens(writer.tokens - before)
-                yield Said(piece.text, piece.tokens, piece.finish)
+                yield Said(piece.text, piece.tokens, piece.finish, piece.offsets)
                 if piece.finish is not None:
                     return
         except EngineError as error:

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from azeotrope.gateway.beginning import overlap
 from azeotrope.gateway.engine import Chunk, Finish, Token
+from azeotrope.gateway.token_bytes import TokenBytes, places
 from azeotrope.tokens import Boundary, decode, spans
 
 Mode = Literal["shown", "summary", "cut"]
@@ -215,6 +216,8 @@ class Piece:
     finish: Finish | None
     consumed: int
     """Tokens of the engine so far, hidden ones included, for the bill."""
+    offsets: tuple[int, ...] = ()
+    """Where each token begins in all that is shown, in characters, a summary's line included."""
 
 
 @dataclass(frozen=True)
@@ -226,6 +229,8 @@ class _Placed:
     """
 
     tokens: tuple[Token, ...]
+    offsets: tuple[int, ...]
+    """Of each token, in characters of the completion, white space included."""
     start: int
     end: int
     visible: int
@@ -261,8 +266,10 @@ class Writer:
         self._stops = StopStrings(stops)
         self._unplaced: list[Token] = []
         self._placed: deque[_Placed] = deque()
+        self._bytes = TokenBytes(tokenizer)
         self._read = 0
         self._shown = 0
+        self._line = 0
 
     def feed(self, chunk: Chunk) -> Piece:
         """What a chunk adds; what follows a stop string is neither shown nor counted.
@@ -283,7 +290,14 @@ class Writer:
             if chunk.finish is not None:
                 text += self._show(self._detokenizer.flush(), final=True)
                 self.finish = self.finish or chunk.finish
-        return Piece(text, self._given(), self.finish, self.tokens)
+        given = self._given()
+        return Piece(
+            text,
+            tuple(token for token, _ in given),
+            self.finish,
+            self.tokens,
+            tuple(offset for _, offset in given),
+        )
 
     def _show(self, text: str, *, final: bool = False) -> str:
         if text:
@@ -295,6 +309,7 @@ class Writer:
         elif final:
             shown += self._stops.flush()
         self._shown += len(shown)
+        self._line += len(line)
         # The line is the gateway's own, so stops are not looked for in it.
         return line + shown
 
@@ -302,15 +317,22 @@ class Writer:
         start, end = self._read, self._read + len(text)
         front = min(len(text) - len(text.lstrip()), len(text) - 1)
         visible = start + len(text.rstrip()) if text.strip() else end
-        self._placed.append(_Placed(tuple(self._unplaced), start + front, end, visible))
+        tokens = tuple(self._unplaced)
+        offsets = tuple(start + place for place in self._within(tokens, text))
+        self._placed.append(_Placed(tokens, offsets, start + front, end, visible))
         self._unplaced, self._read = [], end
 
-    def _given(self) -> tuple[Token, ...]:
-        """Tokens that have come to be shown; those before the answer are dropped."""
+    def _within(self, tokens: Sequence[Token], text: str) -> tuple[int, ...]:
+        if len(tokens) == 1:
+            return (0,)
+        return places([self._bytes.of(token.id) for token in tokens], text)
+
+    def _given(self) -> list[tuple[Token, int]]:
+        """Tokens that have come to be shown, and where; those before the answer are dropped."""
         if self._filter.start is None:
-            return ()
+            return []
         first, last = self._filter.start, self._filter.start + self._shown
-        given: list[Token] = []
+        given: list[tuple[Token, int]] = []
         while self._placed:
             item = self._placed[0]
             # At the end, white space that was cut off does not take its token with it.
@@ -318,5 +340,7 @@ class Writer:
                 break
             self._placed.popleft()
             if item.start >= first:
-                given.extend(item.tokens)
-        return tuple(given)
+                # The white space of the answer's first token is not shown.
+                offsets = (max(offset - first, 0) + self._line for offset in item.offsets)
+                given.extend(zip(item.tokens, offsets, strict=True))
+        return given

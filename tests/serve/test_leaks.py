@@ -506,7 +506,7 @@ def test_reasoning_that_the_prompt_opened_does_not_leave(
             whole = decode(teacher.tokenizer, wrote)
             assert "<think>" not in whole
             _, closed, after = whole.partition("</think>")
-            line, text = summarised(choice.text) if mode == "summary" else ("", choice.text)
+            _, text = summarised(choice.text) if mode == "summary" else ("", choice.text)
             assert text == after.strip(), (call.body, whole)
             names = [reference.ids[name] for name in choice.tokens]
             assert decode(teacher.tokenizer, names) == (text if "logprobs" in call.body else "")
