@@ -87,22 +87,21 @@ def build_gateway(
 def _check_tags(
     policy: Policy, settings: GatewaySettings, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    """Tags that the tokenizer drops cannot say where hidden reasoning ends.
+    """Tags that the tokenizer drops cannot say where hidden reasoning begins and ends.
 
     Raises:
-        ValueError: if a tier hides the reasoning and its closing tag does not survive decoding.
+        ValueError: if a tier hides the reasoning and a tag does not survive decoding.
     """
-    hides = any(tier.reasoning != "shown" for tier in policy.tiers.values())
-    tag = settings.boundary.close_tag
-    if not hides or not tag:
+    if all(tier.reasoning == "shown" for tier in policy.tiers.values()):
         return
-    ids = tokenizer(tag, add_special_tokens=False)["input_ids"]
-    if tag not in decode(tokenizer, ids):  # type: ignore[arg-type]
-        raise ValueError(
-            f"the tokenizer of {settings.tokenizer} leaves {tag!r} out of its text, so a tier with "
-            "reasoning cut or summary could not tell where the answer begins; set every tier's "
-            "reasoning to shown, or choose tags that are no special tokens"
-        )
+    for tag in filter(None, (settings.boundary.open_tag, settings.boundary.close_tag)):
+        ids = tokenizer(tag, add_special_tokens=False)["input_ids"]
+        if tag not in decode(tokenizer, ids):  # type: ignore[arg-type]
+            raise ValueError(
+                f"the tokenizer of {settings.tokenizer} leaves {tag!r} out of its text, so a tier "
+                "with reasoning cut or summary could not tell where the answer begins; set every "
+                "tier's reasoning to shown, or choose tags that are no special tokens"
+            )
 
 
 @serve.ingress()

@@ -41,7 +41,7 @@ async def complete(
                 before = writer.tokens
                 piece = writer.feed(await _next(chunks, deadline))
                 on_tokens(writer.tokens - before)
-                yield Said(piece.text, piece.tokens, piece.finish)
+                yield Said(piece.text, piece.tokens, piece.finish, piece.offsets)
                 if piece.finish is not None:
                     return
         except EngineError as error:
@@ -67,21 +67,49 @@ async def rewritten(
     boundary: Boundary,
     mode: Mode,
     stops: Sequence[str],
+    *,
+    opening: str = "",
+    judged: Boundary | None = None,
 ) -> AsyncGenerator[Said]:
     """The same completion once its text was rewritten, which needs the whole of it first.
 
     Log-probabilities belong to a text that is not shown any more, so there are none.
+
+    Args:
+        opening: see `ReasoningFilter`; defenses find it in front of the text.
+        judged: the boundary by which a text has an answer, if not the one that defenses get.
     """
     text, finish = "", None
     async with contextlib.aclosing(pieces):
         async for piece in pieces:
             text += piece.text
             finish = piece.finish
+    answer = _hidden_reasoning(text, mode, boundary, judged or boundary, opening, rewriting)
+    stop = StopStrings(stops)
+    shown, stopped = stop.feed(answer)
+    yield Said(shown if stopped else shown + stop.flush(), (), "stop" if stopped else finish)
+
+
+def _hidden_reasoning(
+    text: str,
+    mode: Mode,
+    boundary: Boundary,
+    judged: Boundary,
+    opening: str,
+    rewriting: Sequence[Defense],
+) -> str:
+    """A text rewritten, and its reasoning taken out where the tier hides it."""
+    before = ReasoningFilter(mode, judged, opening=opening)
+    line, answer = before.advance(text, final=True)
+    if not answer:
+        # A defense may lose the tag that says so; what had no answer before has none after.
+        return line
+    text = opening + text
     for defense in rewriting:
         text = defense.rewrite(text, boundary)
-    reasoning, stop = ReasoningFilter(mode, boundary), StopStrings(stops)
-    shown, stopped = stop.feed(reasoning.feed(text) + reasoning.flush())
-    yield Said(shown if stopped else shown + stop.flush(), (), "stop" if stopped else finish)
+    kept = text.startswith(opening)
+    reasoning = ReasoningFilter(mode, boundary, opening=opening if kept else "")
+    return "".join(reasoning.advance(text.removeprefix(opening), final=True))
 
 
 async def merge(parts: Sequence[AsyncGenerator[Said]]) -> AsyncGenerator[tuple[int, Said]]:

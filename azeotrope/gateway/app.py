@@ -181,6 +181,7 @@ async def _whole(
             "".join(piece.text for piece in part),
             tuple(token for piece in part for token in piece.tokens),
             part[-1].finish,
+            tuple(offset for piece in part for offset in piece.offsets),
         )
         for part in parts
     ]

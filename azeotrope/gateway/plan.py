@@ -59,7 +59,7 @@ def plan(
     """
     shown = _logprobs(request, tier)
     banned = _banned(request, tier, vocabulary)
-    temperature = _temperature(request, tier)
+    temperature, top_p = _temperature(request, tier), _top_p(request, tier)
     n = request.n or 1
     if n > tier.n:
         raise invalid("n", f"n is at most {tier.n} for this key, got {n}")
@@ -84,7 +84,7 @@ def plan(
                     prompt=ids,
                     max_tokens=min(asked or tier.max_tokens, tier.max_tokens, room),
                     temperature=temperature,
-                    top_p=1.0 if request.top_p is None else request.top_p,
+                    top_p=top_p,
                     seed=_seed(request.seed, place),
                     logprobs=shown,
                     banned=banned,
@@ -143,6 +143,18 @@ def _temperature(request: Sampled, tier: Tier) -> float:
         )
     # Dividing by less would overflow, and the likeliest token has all the mass long before.
     return request.temperature if request.temperature >= LEAST_TEMPERATURE else 0.0
+
+
+def _top_p(request: Sampled, tier: Tier) -> float:
+    least, greatest = tier.top_p
+    if request.top_p is None:
+        return min(max(1.0, least), greatest)
+    if not least <= request.top_p <= greatest:
+        raise invalid(
+            "top_p",
+            f"top_p must be between {least:g} and {greatest:g} for this key, got {request.top_p:g}",
+        )
+    return request.top_p
 
 
 def _prompts(request: Sampled, tokenizer: PreTrainedTokenizerBase) -> list[tuple[int, ...]]:

@@ -29,6 +29,11 @@ class Tier(Config):
     temperature: tuple[float, float] = Field(
         default=(0.0, 2.0), description="least and greatest; a watermark wants a least above 0"
     )
+    top_p: tuple[float, float] = Field(
+        default=(0.0, 1.0),
+        description="least and greatest; a tiny one is greedy at any temperature, so a watermark "
+        "wants a least above 0 here too",
+    )
     n: int = Field(default=4, ge=1, le=16, description="completions of one request")
     max_tokens: int = Field(default=2048, ge=1, description="of one completion")
     reasoning: Literal["shown", "summary", "cut"] = Field(
@@ -52,6 +57,11 @@ class Tier(Config):
         least, greatest = self.temperature
         if not 0 <= least <= greatest:
             raise ValueError(f"temperature must be [least, greatest], got [{least}, {greatest}]")
+        least, greatest = self.top_p
+        if not (0 <= least <= greatest <= 1 and greatest > 0):
+            raise ValueError(
+                f"top_p must be [least, greatest] within 0 and 1, got [{least}, {greatest}]"
+            )
         return self
 
 

@@ -7,6 +7,7 @@ appear. Fields that are not set are not sent.
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
 
 from openai.types import Completion, CompletionChoice, CompletionUsage
@@ -23,6 +24,7 @@ from openai.types.completion_choice import Logprobs
 from transformers import PreTrainedTokenizerBase
 
 from azeotrope.gateway.engine import Finish, Token
+from azeotrope.gateway.token_bytes import TokenBytes, readable
 
 LEAST_LOGPROB = -9999.0
 """Stands for minus infinity, which JSON does not have; OpenAI's API does the same."""
@@ -35,6 +37,8 @@ class Said:
     text: str = ""
     tokens: tuple[Token, ...] = ()
     finish: Finish | None = None
+    offsets: tuple[int, ...] = ()
+    """Where each token begins, in characters of the whole completion."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,24 @@ class Numbers:
 
     def text(self, token: int) -> str:
         return self.tokenizer.decode([token])  # type: ignore[return-value]
+
+    def bytes(self, token: int) -> list[int]:
+        return list(self._bytes.of(token))
+
+    def name(self, token: int) -> str:
+        """The text, or the bytes where they are a part of a character: a key in a dictionary."""
+        return readable(self._bytes.of(token)) or self.text(token)
+
+    def top(self, token: Token) -> dict[str, float]:
+        """The likeliest by name; of names that are the same the likelier one counts."""
+        found: dict[str, float] = {}
+        for other, value in token.top:
+            found.setdefault(self.name(other), self.value(value))
+        return found
+
+    @cached_property
+    def _bytes(self) -> TokenBytes:
+        return TokenBytes(self.tokenizer)
 
     def value(self, logprob: float | None) -> float:
         if logprob is None or not logprob > LEAST_LOGPROB:
@@ -136,16 +158,16 @@ class ChatFormat:
             return None
         content = [
             ChatCompletionTokenLogprob(
-                token=(text := numbers.text(token.id)),
-                bytes=list(text.encode()),
+                token=numbers.text(token.id),
+                bytes=numbers.bytes(token.id),
                 logprob=numbers.value(token.logprob),
                 top_logprobs=[
                     TopLogprob(
-                        token=(other := numbers.text(name)),
-                        bytes=list(other.encode()),
+                        token=numbers.text(other),
+                        bytes=numbers.bytes(other),
                         logprob=numbers.value(value),
                     )
-                    for name, value in token.top
+                    for other, value in token.top
                 ],
             )
             for token in said.tokens
@@ -196,13 +218,12 @@ class CompletionFormat:
         numbers = self.numbers
         if numbers is None:
             return None
+        # OpenAI counts offsets from the prompt's beginning; here, as vLLM does, the completion's.
         return Logprobs(
-            tokens=[numbers.text(token.id) for token in said.tokens],
+            text_offset=list(said.offsets),
+            tokens=[numbers.name(token.id) for token in said.tokens],
             token_logprobs=[numbers.value(token.logprob) for token in said.tokens],
-            top_logprobs=[
-                {numbers.text(name): numbers.value(value) for name, value in token.top}
-                for token in said.tokens
-            ],
+            top_logprobs=[numbers.top(token) for token in said.tokens],
         )
 
 

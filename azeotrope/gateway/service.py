@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from transformers import PreTrainedTokenizerBase
 
 from azeotrope.defenses.base import Defense
-from azeotrope.gateway import answering, extraction
+from azeotrope.gateway import answering, beginning, extraction
 from azeotrope.gateway.audit_log import AuditLog
 from azeotrope.gateway.engine import Engine, EngineBusyError, EngineError, EngineRequest
 from azeotrope.gateway.errors import ApiError
@@ -304,7 +304,10 @@ class Gateway:
             ApiError: 503 if the engine fails or takes too long.
         """
         started: float | None = time.perf_counter()
-        parts = [self._complete(admitted, item) for item in admitted.plan.requests]
+        requests = admitted.plan.requests
+        prompts = {item.prompt for item in requests}
+        openings = {prompt: self._opening(admitted.tier, prompt) for prompt in prompts}
+        parts = [self._complete(admitted, item, openings[item.prompt]) for item in requests]
         try:
             async with contextlib.aclosing(answering.merge(parts)) as pieces:
                 async for number, said in pieces:
@@ -325,14 +328,23 @@ class Gateway:
         finally:
             self._settle(admitted)
 
-    def _complete(self, admitted: Admitted, request: EngineRequest) -> AsyncGenerator[Said]:
+    def _opening(self, tier: Tier, prompt: tuple[int, ...]) -> str:
+        if tier.reasoning == "shown" and not self.model.rewriting:
+            return ""
+        return beginning.opening_of_ids(self.model.tokenizer, prompt, self.model.boundary)
+
+    def _complete(
+        self, admitted: Admitted, request: EngineRequest, opening: str
+    ) -> AsyncGenerator[Said]:
         model, mode = self.model, admitted.tier.reasoning
         whole = bool(model.rewriting) and admitted.engine is model.engine
+        judged = beginning.without_pattern(model.tokenizer, request.banned, model.boundary)
         writer = Writer(
             model.tokenizer,
             () if whole else admitted.stops,
             "shown" if whole else mode,
-            boundary=model.boundary,
+            boundary=judged,
+            opening=opening,
         )
         pieces = answering.complete(
             admitted.engine,
@@ -343,7 +355,15 @@ class Gateway:
         )
         if not whole:
             return pieces
-        return answering.rewritten(pieces, model.rewriting, model.boundary, mode, admitted.stops)
+        return answering.rewritten(
+            pieces,
+            model.rewriting,
+            model.boundary,
+            mode,
+            admitted.stops,
+            opening=opening,
+            judged=judged,
+        )
 
     def written(self, admitted: Admitted) -> int:
         """Completion tokens of a request so far, of all its completions together."""

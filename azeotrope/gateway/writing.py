@@ -13,7 +13,9 @@ from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
+from azeotrope.gateway.beginning import overlap
 from azeotrope.gateway.engine import Chunk, Finish, Token
+from azeotrope.gateway.token_bytes import TokenBytes, places
 from azeotrope.tokens import Boundary, decode, spans
 
 Mode = Literal["shown", "summary", "cut"]
@@ -102,7 +104,7 @@ class StopStrings:
             self._stopped, self._held = True, ""
             return text[: min(found)[1]], True
         # The longest end of the text that might become a stop waits for what follows.
-        waiting = max((_overlap(text, stop) for stop in self._stops), default=0)
+        waiting = max((overlap(text, stop) for stop in self._stops), default=0)
         self._held = text[len(text) - waiting :]
         return text[: len(text) - waiting], False
 
@@ -112,26 +114,33 @@ class StopStrings:
         return text
 
 
-def _overlap(text: str, stop: str) -> int:
-    """How many of the last characters are the first of a stop that is not complete."""
-    longest = min(len(text), len(stop) - 1)
-    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
-
-
 class ReasoningFilter:
     """Takes the reasoning out of a text that arrives in parts.
 
     `shown` passes everything. `cut` shows what `tokens.without_reasoning` leaves of the whole
     text, neither more nor less. `summary` puts a line in the reasoning's place that says how many
-    sentences it had. While it is not known whether a text is reasoning nothing is shown: the
-    opening tag may have stood in the prompt. So an answer streams once the closing tag has been
-    read; a text without tags is held back to its end, since a tag may still come.
+    sentences it had. While it is not known whether a text is reasoning nothing is shown. So an
+    answer streams once the closing tag has been read; a text without tags is held back to its end,
+    since a tag may still come.
+
+    Args:
+        opening: what the prompt has of tags, from `beginning.opening`. It is read in front of the
+            text and is no part of it, so a text that begins inside reasoning and does not close it
+            is hidden whole, whatever looks like an answer in it.
     """
 
-    def __init__(self, mode: Mode, boundary: Boundary, words: tuple[str, str] = WORDS) -> None:
+    def __init__(
+        self,
+        mode: Mode,
+        boundary: Boundary,
+        words: tuple[str, str] = WORDS,
+        *,
+        opening: str = "",
+    ) -> None:
         self._mode, self._boundary, self._words = mode, boundary, words
         self._tags = [tag for tag in (boundary.open_tag, boundary.close_tag) if tag]
-        self._held = ""
+        self._opening = len(opening)
+        self._held = opening
         self._line = ""
         self._begun = False
         self.start: int | None = 0 if mode == "shown" else None
@@ -154,7 +163,8 @@ class ReasoningFilter:
             start = self._answer(final)
             if start is None:
                 return "", ""
-            self.start = start
+            start = max(start, self._opening)
+            self.start = start - self._opening
             self._line = self._summary(self._held[:start])
             self._held = self._held[start:]
         if not self._begun:
@@ -206,6 +216,8 @@ class Piece:
     finish: Finish | None
     consumed: int
     """Tokens of the engine so far, hidden ones included, for the bill."""
+    offsets: tuple[int, ...] = ()
+    """Where each token begins in all that is shown, in characters, a summary's line included."""
 
 
 @dataclass(frozen=True)
@@ -217,6 +229,8 @@ class _Placed:
     """
 
     tokens: tuple[Token, ...]
+    offsets: tuple[int, ...]
+    """Of each token, in characters of the completion, white space included."""
     start: int
     end: int
     visible: int
@@ -231,6 +245,7 @@ class Writer:
 
     Args:
         words: see `WORDS`.
+        opening: see `ReasoningFilter`.
     """
 
     def __init__(
@@ -241,17 +256,20 @@ class Writer:
         *,
         boundary: Boundary,
         words: tuple[str, str] = WORDS,
+        opening: str = "",
     ) -> None:
         self.tokens = 0
         """Tokens of the engine so far, hidden ones included."""
         self.finish: Finish | None = None
         self._detokenizer = Detokenizer(tokenizer)
-        self._filter = ReasoningFilter(mode, boundary, words)
+        self._filter = ReasoningFilter(mode, boundary, words, opening=opening)
         self._stops = StopStrings(stops)
         self._unplaced: list[Token] = []
         self._placed: deque[_Placed] = deque()
+        self._bytes = TokenBytes(tokenizer)
         self._read = 0
         self._shown = 0
+        self._line = 0
 
     def feed(self, chunk: Chunk) -> Piece:
         """What a chunk adds; what follows a stop string is neither shown nor counted.
@@ -272,7 +290,14 @@ class Writer:
             if chunk.finish is not None:
                 text += self._show(self._detokenizer.flush(), final=True)
                 self.finish = self.finish or chunk.finish
-        return Piece(text, self._given(), self.finish, self.tokens)
+        given = self._given()
+        return Piece(
+            text,
+            tuple(token for token, _ in given),
+            self.finish,
+            self.tokens,
+            tuple(offset for _, offset in given),
+        )
 
     def _show(self, text: str, *, final: bool = False) -> str:
         if text:
@@ -284,6 +309,7 @@ class Writer:
         elif final:
             shown += self._stops.flush()
         self._shown += len(shown)
+        self._line += len(line)
         # The line is the gateway's own, so stops are not looked for in it.
         return line + shown
 
@@ -291,15 +317,22 @@ class Writer:
         start, end = self._read, self._read + len(text)
         front = min(len(text) - len(text.lstrip()), len(text) - 1)
         visible = start + len(text.rstrip()) if text.strip() else end
-        self._placed.append(_Placed(tuple(self._unplaced), start + front, end, visible))
+        tokens = tuple(self._unplaced)
+        offsets = tuple(start + place for place in self._within(tokens, text))
+        self._placed.append(_Placed(tokens, offsets, start + front, end, visible))
         self._unplaced, self._read = [], end
 
-    def _given(self) -> tuple[Token, ...]:
-        """Tokens that have come to be shown; those before the answer are dropped."""
+    def _within(self, tokens: Sequence[Token], text: str) -> tuple[int, ...]:
+        if len(tokens) == 1:
+            return (0,)
+        return places([self._bytes.of(token.id) for token in tokens], text)
+
+    def _given(self) -> list[tuple[Token, int]]:
+        """Tokens that have come to be shown, and where; those before the answer are dropped."""
         if self._filter.start is None:
-            return ()
+            return []
         first, last = self._filter.start, self._filter.start + self._shown
-        given: list[Token] = []
+        given: list[tuple[Token, int]] = []
         while self._placed:
             item = self._placed[0]
             # At the end, white space that was cut off does not take its token with it.
@@ -307,5 +340,7 @@ class Writer:
                 break
             self._placed.popleft()
             if item.start >= first:
-                given.extend(item.tokens)
-        return tuple(given)
+                # The white space of the answer's first token is not shown.
+                offsets = (max(offset - first, 0) + self._line for offset in item.offsets)
+                given.extend(zip(item.tokens, offsets, strict=True))
+        return given

@@ -188,6 +188,19 @@ def test_completions_take_prompts_n_stops_and_seeds(opened: Any) -> None:
     assert (short.choices[0].finish_reason, short.usage.completion_tokens) == ("length", 3)
 
 
+def test_offsets_are_the_same_in_a_stream(opened: Any) -> None:
+    _, _, ask = opened()
+    asked = {"model": "teacher", "prompt": "joe has 2 eggs", "temperature": 0, "logprobs": 2}
+    (whole,) = ask.completions.create(max_tokens=12, **asked).choices
+    parts = list(ask.completions.create(max_tokens=12, stream=True, **asked))
+    offsets = [at for part in parts for at in part.choices[0].logprobs.text_offset or ()]
+    assert offsets == whole.logprobs.text_offset
+    ends = [*offsets[1:], len(whole.text)]
+    words = [whole.text[start:end].strip() for start, end in zip(offsets, ends, strict=True)]
+    assert words == whole.logprobs.tokens
+    assert len(words) == 12
+
+
 def test_models_are_listed(opened: Any) -> None:
     _, _, ask = opened()
     assert [model.id for model in ask.models.list()] == ["teacher"]

@@ -8,7 +8,7 @@ import itertools
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import httpx
@@ -469,6 +469,51 @@ def test_no_word_of_the_reasoning_leaves(
             assert answer.json()["usage"]["completion_tokens"] == len(wrote)
     assert answered > 20
     assert made.undefended.asked == {}
+
+
+@pytest.mark.parametrize("mode", ["cut", "summary"])
+def test_reasoning_that_the_prompt_opened_does_not_leave(
+    mode: str, guarded: Callable[..., Guarded], teacher: Loaded, reference: Reference
+) -> None:
+    """The completion has no opening tag then, and no closing one where it is cut or may not be."""
+    policy = Policy(
+        tiers={
+            "hidden": wide(logprobs="topk", decimals=4, reasoning=mode),
+            "banning": wide(bans=True, reasoning=mode),
+        }
+    )
+    made = guarded(policy)
+    # Its reasoning has words in it that look like an answer's first.
+    boundary = Boundary(answer_pattern="####|begins|so|at|is")
+    made.gateway.model = replace(made.gateway.model, boundary=boundary)
+    close = next(id for name, id in reference.ids.items() if name.strip() == "</think>")
+    calls: list[Call] = []
+    for question, length in itertools.product(questions(3), (1, 4, 8, 12, 64)):
+        for path, stream in itertools.product((CHAT, TEXT), (False, True)):
+            asked = body(path, f"{question} <think>", stream=stream, max_tokens=length, n=2)
+            shown = {"logprobs": True, "top_logprobs": 5} if path == CHAT else {"logprobs": 5}
+            calls.append(Call(path, made.keys["hidden"], asked | shown))
+            calls.append(Call(path, made.keys["banning"], asked))
+            ban = {"logit_bias": {str(close): -100}}
+            calls.append(Call(path, made.keys["banning"], asked | ban))
+    answered = tempting = 0
+    for call, answer in zip(calls, send(made.gateway, calls), strict=True):
+        found = choices(answer)
+        assert len(found) == 2
+        for index, choice in found.items():
+            wrote = made.defended.wrote[f"{answer.headers['x-request-id']}-{index}"]
+            whole = decode(teacher.tokenizer, wrote)
+            assert "<think>" not in whole
+            _, closed, after = whole.partition("</think>")
+            _, text = summarised(choice.text) if mode == "summary" else ("", choice.text)
+            assert text == after.strip(), (call.body, whole)
+            names = [reference.ids[name] for name in choice.tokens]
+            assert decode(teacher.tokenizer, names) == (text if "logprobs" in call.body else "")
+            answered += bool(text)
+            # What would have been taken for the answer.
+            tempting += not closed and bool(re.search(boundary.answer_pattern, whole))
+    assert answered > 20
+    assert tempting > 50
 
 
 def test_a_ban_of_the_tags_shows_no_reasoning(

@@ -146,6 +146,9 @@ def test_a_tier_bounds_what_may_be_asked(word: PreTrainedTokenizerFast) -> None:
         (chat(max_tokens=9), {"max_tokens": 8}, "max_tokens"),
         (chat(temperature=0), {"temperature": (0.5, 1)}, "temperature"),
         (chat(temperature=1.5), {"temperature": (0, 1)}, "temperature"),
+        (chat(top_p=1e-9), {"top_p": (0.5, 1)}, "top_p"),
+        (chat(top_p=1), {"top_p": (0.5, 0.9)}, "top_p"),
+        (text(top_p=0.4), {"top_p": (0.5, 1)}, "top_p"),
         (chat(logprobs=True), {}, "logprobs"),
         (chat(logprobs=True, top_logprobs=2), {"logprobs": "top1"}, "logprobs"),
         (chat(logprobs=True, top_logprobs=4), {"logprobs": "topk", "top_k": 3}, "logprobs"),
@@ -171,6 +174,10 @@ def test_what_a_tier_allows_is_passed_on(word: PreTrainedTokenizerFast) -> None:
     assert bans.requests[0].banned == (3, 5)
     # Where a client says nothing, a tier's bounds move the usual temperature of 1.
     assert planned(word, chat(), temperature=(0.2, 0.7)).requests[0].temperature == 0.7
+    assert planned(word, chat(), top_p=(0.2, 0.7)).requests[0].top_p == 0.7
+    assert planned(word, chat(), top_p=(0.2, 1)).requests[0].top_p == 1
+    assert planned(word, chat(top_p=0.2), top_p=(0.2, 0.7)).requests[0].top_p == 0.2
+    assert planned(word, chat(top_p=1e-9)).requests[0].top_p == 1e-9
 
 
 def test_too_many_completions_at_once_are_refused(word: PreTrainedTokenizerFast) -> None:

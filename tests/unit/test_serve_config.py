@@ -127,13 +127,16 @@ def test_a_public_dashboard_needs_a_token(monkeypatch: pytest.MonkeyPatch) -> No
         ("tier: {}", r"unknown key 'tier'; allowed: extraction, in_flight, .*, tiers, timeout_s"),
         (
             "tiers: {standard: {logprob: topk}}",
-            r"unknown key 'tiers.standard.logprob'; allowed: bans, .*, logprobs, .*, top_k$",
+            r"unknown key 'tiers.standard.logprob'; allowed: bans, .*, logprobs, .*, top_k, top_p$",
         ),
         ("extraction: {action: punish}", r"extraction.action: .*'observe', 'throttle' or 'block'"),
         ("tiers: {}", r"tiers: .*at least 1"),
         # Undefended numbers are what a licence is for.
         ("tiers: {standard: {strength: 0}}", "tiers.standard.strength: .*greater than 0"),
         ("tiers: {standard: {temperature: [1, 0.5]}}", r"\[least, greatest\], got \[1.0, 0.5\]"),
+        ("tiers: {standard: {top_p: [1, 0.5]}}", r"\[least, greatest\].*, got \[1.0, 0.5\]"),
+        ("tiers: {standard: {top_p: [0.5, 1.5]}}", r"within 0 and 1, got \[0.5, 1.5\]"),
+        ("tiers: {standard: {top_p: [0, 0]}}", r"within 0 and 1, got \[0.0, 0.0\]"),
         ("[tiers]", "must hold a mapping"),
         ("tiers: {", "is not valid YAML"),
     ],

@@ -1,6 +1,7 @@
 """From tokens to text: nothing is lost, nothing is shown too early, nothing hidden gets out."""
 
-from collections.abc import Sequence
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
 from functools import cache
 from random import Random
 
@@ -10,7 +11,11 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from azeotrope.defenses.base import Defense
+from azeotrope.gateway import answering
+from azeotrope.gateway.beginning import opening, opening_of_ids, without_pattern
 from azeotrope.gateway.engine import Chunk, Finish, Token
+from azeotrope.gateway.responses import Said
 from azeotrope.gateway.writing import (
     Detokenizer,
     Mode,
@@ -307,11 +312,159 @@ def test_sentences_are_counted(text: str, steps: int) -> None:
     assert count_sentences(text) == steps
 
 
-# All together --------------------------------------------------------------------------------
+# Reasoning that began in the prompt ----------------------------------------------------------
 
 completions = st.lists(
     st.sampled_from("<think> </think> #### 4 2 joe has eggs . so then".split()), max_size=14
 ).map(" ".join)
+ONE = "[1 step of reasoning is not shown]"
+INSIDE = "so 2 doubles. maybe the answer is \\boxed{4} #### 4. no, wait"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "begins"),
+    [
+        ("how many?", ""),
+        ("how many? <think>\n", "<think>"),
+        ("how many? <think>\n\n</think>\n\n", ""),
+        ("<think> a </think> b <think> c", "<think>"),
+        ("<think> a <think> b </think> c", ""),
+        ("a </think> b", ""),
+        # The completion may finish the tag.
+        ("how many? <thi", "<thi"),
+        ("<think> a </think> <", "<"),
+        # Half a closing tag closes nothing.
+        ("how many? <think> a </thi", "<think>"),
+        ("how many? </thi", ""),
+    ],
+)
+def test_a_prompt_says_whether_the_reasoning_is_open(prompt: str, begins: str) -> None:
+    assert opening(prompt, BOUNDARY) == begins
+
+
+def test_tags_that_are_special_tokens_open_a_prompt_too() -> None:
+    names = {"<think>": 0, "a": 1, "<unk>": 2}
+    model = models.WordLevel(names, unk_token="<unk>")
+    tokenizer = wrapped(model, decoders.Fuse(), extra_special_tokens=["<think>"])
+    assert decode(tokenizer, [1, 0]) == "a"
+    assert opening_of_ids(tokenizer, [1, 0], BOUNDARY) == "<think>"
+
+
+@given(st.data(), texts, odd)
+def test_reasoning_of_the_prompt_is_cut_as_if_it_were_the_text_s_own(
+    data: st.DataObject, text: str, boundary: Boundary
+) -> None:
+    begins = opening(f"4 {boundary.open_tag} 4", boundary)
+    assert begins == boundary.open_tag
+    expected = without_reasoning(begins + text, boundary)
+    cut = ReasoningFilter("cut", boundary, opening=begins)
+    shown = ""
+    for part in parts(data, text):
+        shown += cut.feed(part)
+        assert expected.startswith(shown)
+    assert shown + cut.flush() == expected
+
+
+@given(st.data(), st.integers(0, len(INSIDE)), st.sampled_from(["<think>", "<thi", "<"]))
+def test_nothing_is_shown_of_reasoning_that_is_cut_off(
+    data: st.DataObject, length: int, begins: str
+) -> None:
+    # The same wherever it is cut, and however it comes.
+    text = ("<think>" + INSIDE)[len(begins) :][: length + 7 - len(begins)]
+    cut = ReasoningFilter("cut", BOUNDARY, opening=begins)
+    summary = ReasoningFilter("summary", BOUNDARY, opening=begins)
+    divided = parts(data, text)
+    assert "".join(map(cut.feed, divided)) + cut.flush() == ""
+    line = "".join(map(summary.feed, divided)) + summary.flush()
+    assert line in {"", *(f"[{n} steps of reasoning are not shown]" for n in range(2, 9)), ONE}
+    assert bool(line) == any(map(str.isalnum, text.removeprefix("nk>").removeprefix("think>")))
+
+
+@pytest.mark.parametrize("kind", POCKET)
+@pytest.mark.parametrize("mode", ["cut", "summary"])
+@given(text=completions, sizes=st.lists(st.integers(1, 4), min_size=1, max_size=4))
+def test_open_reasoning_is_written_without_words_and_numbers(
+    kind: str, mode: Mode, text: str, sizes: list[int]
+) -> None:
+    tokenizer = made(kind)
+    ids = encoded(tokenizer, text)
+    expected = without_reasoning("<think>" + decode(tokenizer, ids), BOUNDARY)
+    writer = Writer(tokenizer, mode=mode, boundary=BOUNDARY, opening="<think>")
+    found = written(writer, ids, sizes, finish="length")
+    shown = "".join(piece.text for piece in found)
+    line = shown.removesuffix(expected).removesuffix("\n")
+    assert line == "" or (mode == "summary" and line.startswith("[") and line.endswith("shown]"))
+    given_ids = [token.id for piece in found for token in piece.tokens]
+    assert decode(tokenizer, given_ids).strip() == expected
+    assert writer.tokens == len(ids)
+
+
+def test_a_ban_that_keeps_tags_from_being_spelt_leaves_no_pattern(word) -> None:
+    ids = {name: word.convert_tokens_to_ids(f"▁{name}") for name in ("<think>", "</think>", "joe")}
+    for name in ("<think>", "</think>"):
+        assert without_pattern(word, [ids["joe"], ids[name]], BOUNDARY).answer_pattern == ""
+    assert without_pattern(word, [ids["joe"]], BOUNDARY) == BOUNDARY
+    assert without_pattern(word, [], BOUNDARY) == BOUNDARY
+    letters = made("gpt2")
+    for letter in "</think>":
+        banned = [letters.convert_tokens_to_ids(letter)]
+        assert without_pattern(letters, banned, BOUNDARY).answer_pattern == ""
+    assert without_pattern(letters, encoded(letters, "z#4"), BOUNDARY) == BOUNDARY
+
+
+class Loses(Defense):
+    """A rewriting that drops every tag."""
+
+    stage = "text"
+
+    def __init__(self) -> None:
+        self.given: list[str] = []
+
+    def rewrite(self, text: str, boundary: Boundary) -> str:
+        self.given.append(text)
+        return text.replace(boundary.open_tag, "").replace(boundary.close_tag, "")
+
+
+class Keeps(Loses):
+    """One that leaves the text as it is."""
+
+    def rewrite(self, text: str, boundary: Boundary) -> str:
+        self.given.append(text)
+        return text
+
+
+def rewritten(text: str, defense: Loses, mode: Mode, begins: str, **more) -> str:
+    async def source() -> AsyncGenerator[Said]:
+        for letter in text:
+            yield Said(letter)
+        yield Said(finish="length")
+
+    async def whole() -> str:
+        said = answering.rewritten(source(), [defense], BOUNDARY, mode, (), opening=begins, **more)
+        return "".join([part.text async for part in said])
+
+    return asyncio.run(whole())
+
+
+@pytest.mark.parametrize("kind", [Keeps, Loses])
+def test_texts_to_rewrite_are_marked_and_hidden_as_others(kind: type[Loses]) -> None:
+    for mode, hidden in (("cut", ""), ("summary", "[3 steps of reasoning are not shown]")):
+        defense = kind()
+        # Not even handed over: there is no answer in it.
+        assert rewritten(INSIDE, defense, mode, "<think>") == hidden
+        assert defense.given == []
+    closed = f"{INSIDE} </think> joe has 4"
+    defense = kind()
+    shown = rewritten(closed, defense, "shown", "<think>")
+    assert defense.given == ["<think>" + closed]
+    assert shown == (closed if kind is Keeps else closed.replace("</think>", ""))
+    assert rewritten(closed, Keeps(), "cut", "<think>") == "joe has 4"
+    # A ban of tags: without one, nothing says where the answer begins.
+    judged = BOUNDARY.model_copy(update={"answer_pattern": ""})
+    assert rewritten(INSIDE, kind(), "cut", "", judged=judged) == ""
+
+
+# All together --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", POCKET)
