@@ -20,7 +20,8 @@ from azeotrope.gateway import answering, extraction
 from azeotrope.gateway.audit_log import AuditLog
 from azeotrope.gateway.engine import Engine, EngineBusyError, EngineError, EngineRequest
 from azeotrope.gateway.errors import ApiError
-from azeotrope.gateway.keys import KeyRecord, KeyStore
+from azeotrope.gateway.key_records import KeyRecord
+from azeotrope.gateway.key_store import Keys
 from azeotrope.gateway.ledger import Ledger
 from azeotrope.gateway.metrics import Metrics
 from azeotrope.gateway.open_requests import OpenRequests
@@ -85,7 +86,7 @@ class Gateway:
         self,
         model: Model,
         policy: Policy,
-        keys: KeyStore,
+        keys: Keys,
         ledger: Ledger,
         log: AuditLog,
         *,
@@ -99,10 +100,12 @@ class Gateway:
         self._ready = ready
         self._vocabulary = token_rows(model.tokenizer)
         self._arriving = 0
+        self._warned: set[str] = set()
 
     def apply(self, policy: Policy) -> None:
         """New rules, for requests from now on."""
         self.policy = policy
+        self._warned.clear()
         self._suspicion.rules = policy.extraction
 
     # Who asks ----------------------------------------------------------------------------
@@ -120,7 +123,10 @@ class Gateway:
         found = None
         if scheme.lower() == "bearer" and token.strip():
             found = await asyncio.to_thread(self.keys.find, token.strip())
-        if found is None or found.tier not in self.policy.tiers:
+        if found is not None and found.tier not in self.policy.tiers:
+            self._warn_of_tier(found)
+            found = None
+        if found is None:
             self.metrics.refused("key")
             raise ApiError(
                 401,
@@ -138,6 +144,13 @@ class Gateway:
                 code="insufficient_scope",
             )
         return found
+
+    def _warn_of_tier(self, key: KeyRecord) -> None:
+        """Tell the operator, once for each key and policy, what its owner is not told."""
+        if key.id in self._warned:
+            return
+        self._warned.add(key.id)
+        logger.warning("key %s is refused: the policy has no tier %r", key.id, key.tier)
 
     def models(self, key: KeyRecord) -> list[str]:
         """The names a key can ask for. Nobody else learns that there is an undefended model."""
@@ -188,10 +201,17 @@ class Gateway:
             request = parse(kind, await read(self.policy.most_bytes))
             engine = self._engine(key, request.model)
             planned = await self.plan(key, request)
-            self._suspicion.look(key.id, self._observe(request, planned, headers, address))
+            self._suspicion.look(
+                key.account, self._observe(request, planned, headers, address), key=key.id
+            )
             return await self.reserve(key, request, planned, engine)
         except ApiError as error:
-            self.log.write(key.id, "refused", status=error.status, code=error.code or error.param)
+            self.log.write(
+                *(key.id, "refused"),
+                account=key.account,
+                status=error.status,
+                code=error.code or error.param,
+            )
             raise
         finally:
             self._arriving -= 1
@@ -224,12 +244,12 @@ class Gateway:
         """
         tier = self.policy.tiers[key.tier]
         found = await self.open.reserve(
-            key.id,
+            key.account,
             planned.identity,
             prompt=planned.prompt_tokens,
             completion=planned.completion_tokens,
             slots=len(planned.requests),
-            limits=Limits.of(tier, self._suspicion.share(key.id)),
+            limits=Limits.of(tier, self._suspicion.share(key.account)),
         )
         if isinstance(found, Refusal):
             self.metrics.refused("quota")
@@ -343,6 +363,7 @@ class Gateway:
         self.log.write(
             admitted.key.id,
             "request" if admitted.engine is self.model.engine else "licence",
+            account=admitted.key.account,
             request=admitted.id,
             prompt_tokens=prompt,
             completion_tokens=tokens,
