@@ -16,11 +16,10 @@ from azeotrope.config import Config
 from azeotrope.defenses import base as defenses
 from azeotrope.gateway.app import create_app
 from azeotrope.gateway.audit_log import AuditLog
-from azeotrope.gateway.keys import KEYS_FILE, KeyStore
-from azeotrope.gateway.ledger import LEDGER_FILE, Ledger, SqliteLedger
 from azeotrope.gateway.metrics import SHARED
 from azeotrope.gateway.policy import Policy
 from azeotrope.gateway.service import Gateway, Model
+from azeotrope.gateway.stores import open_keys, open_ledger
 from azeotrope.tasks import TaskConfig
 from azeotrope.tokens import Boundary, decode
 
@@ -36,21 +35,14 @@ class GatewaySettings(Config):
     boundary: Boundary = Field(default_factory=Boundary)
     rewriting: tuple[dict[str, Any], ...] = Field(default=(), description="text-stage defenses")
     policy: Policy = Field(default_factory=Policy)
-    store: str = Field(description="folder of keys, quotas and logs")
+    store: str = Field(description="folder of logs, and of keys and quotas without redis")
     redis: str | None = Field(
-        default=None, description="address of a Redis for quotas, where there are several nodes"
+        default=None,
+        description="address of a Redis for keys and quotas, where there are several nodes",
     )
     demo: bool = False
     task: TaskConfig | None = Field(default=None, description="whose problems the page shows")
     report: str | None = Field(default=None, description="a report.html that the page links to")
-
-
-def open_ledger(settings: GatewaySettings) -> Ledger:
-    if settings.redis is not None:
-        from azeotrope.gateway.redis_ledger import RedisLedger
-
-        return RedisLedger(settings.redis)
-    return SqliteLedger(Path(settings.store) / LEDGER_FILE)
 
 
 def build_gateway(
@@ -77,8 +69,8 @@ def build_gateway(
     return Gateway(
         model,
         settings.policy,
-        KeyStore(store / KEYS_FILE, must_exist=True),
-        open_ledger(settings),
+        open_keys(store, settings.redis, must_exist=True),
+        open_ledger(store, settings.redis),
         AuditLog(store / LOGS),
         ready=ready,
     )

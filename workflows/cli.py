@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from workflows.keys import StorePath
+from workflows.keys import RedisUrl, StorePath
 from workflows.keys import app as keys
 
 app = typer.Typer(
@@ -94,13 +94,7 @@ def evaluate(
 def usage(
     key: Annotated[str | None, typer.Option(metavar="ID", help="of one key alone")] = None,
     store: StorePath = None,
-    redis: Annotated[
-        str | None,
-        typer.Option(
-            envvar="AZEOTROPE_REDIS_URL",
-            help="URL of the ledger, if gateways on several nodes share one",
-        ),
-    ] = None,
+    redis: RedisUrl = None,
 ) -> None:
     """Show what each API key used, day by day."""
     from workflows.usage import main as run
@@ -116,11 +110,12 @@ def serve(
     write: Annotated[
         str | None, typer.Option(help="write a file for `serve deploy` in place of serving")
     ] = None,
+    redis: RedisUrl = None,
 ) -> None:
     """Serve a defended teacher behind the gateway, until it is interrupted."""
     from workflows.endpoint import main as run
 
-    run(source, overrides or [], policy, write)
+    run(source, overrides or [], policy, write, redis)
 
 
 @app.command()

@@ -13,7 +13,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -32,14 +32,16 @@ from actors.resources import Resources
 from azeotrope.config import ConfigError
 from azeotrope.config import build as build_config
 from azeotrope.config import load as load_config
-from azeotrope.gateway.keys import KEYS_FILE, KeyStore
+from azeotrope.gateway.key_records import KeyRecord
 from azeotrope.gateway.policy import Policy
+from azeotrope.gateway.stores import open_keys
 from workflows.points import Point, find_point
 from workflows.serve import (
     APP,
     DRAIN_S,
     LOGGING,
     ServeConfig,
+    application,
     build,
     deploy_file,
     is_loopback,
@@ -51,23 +53,32 @@ POLL_S = 0.2
 
 
 def main(
-    source: str, overrides: list[str], policy: str | None = None, write: str | None = None
+    source: str,
+    overrides: list[str],
+    policy: str | None = None,
+    write: str | None = None,
+    redis: str | None = None,
 ) -> None:
     """Serve until somebody interrupts it.
 
     Args:
         policy: a YAML file of rules.
         write: a file to write for `serve deploy`, in place of serving.
+        redis: where keys and quotas are, unless an override says otherwise.
     """
     console = Console()
     data: dict[str, Any] = {"source": source}
     if policy is not None:
         data["policy"] = load_config(Policy, Path(policy)).dump()
+    if redis is not None:
+        data["redis"] = redis
     config = build_config(ServeConfig, data, overrides)
-    app = build(config)
     if write is not None:
+        # Checked like the other, but the stores are those of the machine that will serve.
+        application(config)
         _write(config, Path(write), console)
         return
+    app = build(config)
     check_network(config)
     # Numbers of processes that are gone would be counted again.
     shutil.rmtree(metrics_folder(config), ignore_errors=True)
@@ -164,12 +175,30 @@ def _announce(console: Console, config: ServeConfig, point: Point, seconds: floa
         f"[bold]{config.called}[/bold] ({what}) is served at {url}/v1 after {seconds:.0f} s",
         soft_wrap=True,
     )
-    if not KeyStore(config.folder / KEYS_FILE).list():
-        console.print("there is no key yet; in another terminal: azeotrope keys create NAME")
+    keys = open_keys(config.folder, config.redis, must_exist=True).list()
+    if not keys:
+        # Without the address itself: there may be a password in it.
+        where = " --redis URL" if config.redis else ""
+        console.print(
+            f"there is no key yet; in another terminal: azeotrope keys create NAME{where}"
+        )
+    for key in unserved(keys, config.policy):
+        console.print(
+            f"key {key.id} is refused: the policy has no tier {key.tier!r}",
+            style="yellow",
+            markup=False,
+            soft_wrap=True,
+        )
     if config.demo:
         console.print(f"[bold red]DEMO: {url}/ shows the undefended teacher[/bold red]")
     if not is_loopback(config.host):
         console.print("bound to a public address: put TLS in front of it, see docs/serving.md")
+
+
+def unserved(keys: Sequence[KeyRecord], policy: Policy) -> list[KeyRecord]:
+    """Active keys of a tier that the policy does not have: gateways refuse them."""
+    now = time.time()
+    return [key for key in keys if key.is_active(now) and key.tier not in policy.tiers]
 
 
 def _drain(within_s: float) -> None:
@@ -230,7 +259,10 @@ def check_dashboard(url: str) -> None:
 
 
 def _write(config: ServeConfig, path: Path, console: Console) -> None:
-    whole = config.model_copy(update={"source": str(Path(config.source).resolve())})
-    kept = whole if Path(config.source).exists() else config
-    path.write_text(yaml.safe_dump(deploy_file(kept), sort_keys=False))
+    # Whoever deploys it has another working directory, and perhaps another home.
+    places = {"store": str(config.folder)}
+    if Path(config.source).exists():
+        places["source"] = str(Path(config.source).resolve())
+    file = deploy_file(config.model_copy(update=places))
+    path.write_text(yaml.safe_dump(file, sort_keys=False))
     console.print(f"wrote {path}; start it with: serve deploy {path}", soft_wrap=True)

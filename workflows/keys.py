@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from azeotrope.gateway.keys import KeyRecord, KeyStore
+    from azeotrope.gateway.key_records import KeyRecord
+    from azeotrope.gateway.key_store import Keys
 
 DAY_S = 86_400
 
@@ -16,6 +17,14 @@ StorePath = Annotated[
     Path | None,
     typer.Option(
         "--store", help="folder of keys and quotas (default: $AZEOTROPE_HOME or ~/.azeotrope)"
+    ),
+]
+RedisUrl = Annotated[
+    str | None,
+    typer.Option(
+        "--redis",
+        envvar="AZEOTROPE_REDIS_URL",
+        help="URL of the Redis of keys and quotas, if gateways on several nodes share one",
     ),
 ]
 KeyId = Annotated[str, typer.Argument(metavar="ID", help="as `azeotrope keys list` shows it")]
@@ -27,19 +36,22 @@ def default_store() -> Path:
     return Path(home).expanduser() if home else Path.home() / ".azeotrope"
 
 
-def existing_store(given: Path | None) -> Path:
-    """The folder that `--store` names, where it would make no sense to begin a new one.
+def existing_keys(store: Path | None, redis: str | None) -> "Keys":
+    """The keys that `--store` or `--redis` names, where it makes no sense to begin new ones.
 
     Raises:
-        ConfigError: if there are no keys in it.
+        ConfigError: if nobody has begun a store there, or it cannot be opened.
     """
     from azeotrope.config import ConfigError
     from azeotrope.gateway.keys import KEYS_FILE
+    from azeotrope.gateway.stores import open_keys
 
-    folder = given or default_store()
-    if not (folder / KEYS_FILE).is_file():
+    folder = store or default_store()
+    if redis is not None:
+        open_keys(folder, redis, must_exist=True)
+    elif not (folder / KEYS_FILE).is_file():
         raise ConfigError(f"no keys in {folder}; `azeotrope keys create NAME` begins a store")
-    return folder
+    return open_keys(folder, redis)
 
 
 @app.command()
@@ -59,12 +71,13 @@ def create(
     ] = None,
     expires_days: Annotated[float | None, typer.Option(help="days (default: no end)")] = None,
     store: StorePath = None,
+    redis: RedisUrl = None,
 ) -> None:
     """Make a key and print its token, once."""
-    from azeotrope.gateway.keys import ORDINARY
+    from azeotrope.gateway.key_records import ORDINARY
+    from azeotrope.gateway.stores import open_keys
 
-    keys = _open(store or default_store())
-    record, token = keys.create(
+    record, token = open_keys(store or default_store(), redis).create(
         name,
         tier=tier,
         licence=licence,
@@ -81,7 +94,7 @@ def create(
 
 
 @app.command("list")
-def show(store: StorePath = None) -> None:
+def show(store: StorePath = None, redis: RedisUrl = None) -> None:
     """Show all keys, but no token: tokens are not stored."""
     import time
 
@@ -89,26 +102,37 @@ def show(store: StorePath = None) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from azeotrope.gateway.keys import KEYS_FILE, KeyStore
-
-    keys = KeyStore(existing_store(store) / KEYS_FILE, must_exist=True).list()
+    keys = existing_keys(store, redis).list()
+    # The ids of rotated keys do not say whose they are.
+    rotated = any(key.account != key.id for key in keys)
     table = Table(title="keys")
     table.add_column("id", no_wrap=True)  # to be copied whole
     for column in ("name", "tier", "licence", "models", "features", "created", "state"):
         table.add_column(column, overflow="fold")
+    if rotated:
+        table.add_column("account", no_wrap=True)
     for key in keys:
         cells = (key.id, key.name, key.tier, key.licence, ", ".join(key.models) or "all")
         more = (", ".join(key.features), _date(key.created), _state(key, time.time()))
+        account = (key.account if key.account != key.id else "",) if rotated else ()
         # Text and not markup: a name may hold brackets.
-        table.add_row(*(Text(cell) for cell in (*cells, *more)))
+        table.add_row(*(Text(cell) for cell in (*cells, *more, *account)))
     Console().print(table)
 
 
 @app.command()
-def revoke(id: KeyId, store: StorePath = None) -> None:
+def revoke(
+    id: KeyId,
+    all: Annotated[
+        bool, typer.Option("--all", help="and every other key of the same account")
+    ] = False,
+    store: StorePath = None,
+    redis: RedisUrl = None,
+) -> None:
     """End a key. Gateways learn of it within a second."""
-    record = _open(existing_store(store)).revoke(id)
-    typer.echo(f"{record.id} ({record.name}) is revoked; gateways refuse it within a second")
+    keys = existing_keys(store, redis)
+    for record in keys.revoke_account(id) if all else [keys.revoke(id)]:
+        typer.echo(f"{record.id} ({record.name}) is revoked; gateways refuse it within a second")
 
 
 @app.command()
@@ -118,17 +142,12 @@ def rotate(
         float, typer.Option(help="how long the old token works beside the new one")
     ] = 0.0,
     store: StorePath = None,
+    redis: RedisUrl = None,
 ) -> None:
     """Give a key's rights to a new token, print it once, and end the old one."""
-    record, token = _open(existing_store(store)).rotate(id, overlap_s=overlap_hours * 3600)
+    record, token = existing_keys(store, redis).rotate(id, overlap_s=overlap_hours * 3600)
     _show(record, token)
     _note(f"{id} works for {overlap_hours:g} hours more." if overlap_hours else f"{id} is revoked.")
-
-
-def _open(folder: Path) -> "KeyStore":
-    from azeotrope.gateway.keys import KEYS_FILE, KeyStore
-
-    return KeyStore(folder / KEYS_FILE)
 
 
 def _show(record: "KeyRecord", token: str) -> None:

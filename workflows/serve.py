@@ -27,8 +27,8 @@ from azeotrope import models
 from azeotrope.config import Config, ConfigError
 from azeotrope.config import load as load_config
 from azeotrope.defenses import base as defenses
-from azeotrope.gateway.keys import KEYS_FILE, KeyStore
 from azeotrope.gateway.policy import Policy
+from azeotrope.gateway.stores import open_keys
 from azeotrope.tasks.pocket import PocketConfig
 from workflows.keys import default_store
 from workflows.points import Point, find_point
@@ -97,7 +97,10 @@ class ServeConfig(Config):
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=1, le=65535)
     store: str | None = Field(default=None, description="folder of keys, quotas and logs")
-    redis: str | None = Field(default=None, description="for quotas, where there are several nodes")
+    redis: str | None = Field(
+        default=None,
+        description="address of a Redis for keys and quotas, where there are several nodes",
+    )
     policy: Policy = Field(default_factory=Policy)
 
     @model_validator(mode="after")
@@ -134,6 +137,18 @@ def build(args: ServeConfig) -> serve.Application:
 
     Raises:
         ConfigError: if the point cannot be served.
+        StoreError: if the stores cannot be opened.
+    """
+    app = application(args)
+    _open_stores(args)
+    return app
+
+
+def application(args: ServeConfig) -> serve.Application:
+    """The same, where the stores are not: on a machine that only writes the file.
+
+    Raises:
+        ConfigError: if the point cannot be served.
     """
     point = find_point(args.source, args.defense)
     decoding = point.decoding if args.decoding is None else args.decoding
@@ -160,7 +175,7 @@ def build(args: ServeConfig) -> serve.Application:
         boundary=point.boundary,
         rewriting=point.rewriting,
         policy=args.policy,
-        store=str(_open_store(args.folder)),
+        store=str(args.folder),
         redis=args.redis,
         demo=args.demo,
         task=point.task or (PocketConfig() if _is_pocket(point.checkpoint) else None),
@@ -265,10 +280,9 @@ def _is_pocket(checkpoint: str) -> bool:
     return Path(checkpoint).parent == models.POCKET
 
 
-def _open_store(folder: Path) -> Path:
+def _open_stores(args: ServeConfig) -> None:
     """Have the stores, so that replicas find them: they refuse to start without."""
-    KeyStore(folder / KEYS_FILE)
-    return folder
+    open_keys(args.folder, args.redis)
 
 
 def metrics_folder(config: ServeConfig) -> Path:

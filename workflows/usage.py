@@ -7,38 +7,35 @@ from rich.table import Table
 from rich.text import Text
 
 from azeotrope.config import ConfigError
-from azeotrope.gateway.keys import KEYS_FILE, KeyStore
-from azeotrope.gateway.ledger import LEDGER_FILE, Ledger, SqliteLedger
-from azeotrope.gateway.redis_ledger import RedisLedger
-from workflows.keys import existing_store
+from azeotrope.gateway.stores import open_ledger
+from workflows.keys import default_store, existing_keys
 
 
 def main(key: str | None, store: Path | None, redis: str | None = None) -> None:
-    """Print a table of requests and tokens.
+    """Print a table of requests and tokens; the keys of one customer share a row.
 
     Args:
-        redis: URL of the ledger of a gateway on several nodes; None reads the store's own.
+        key: the id of any key of one customer; None shows all.
+        redis: URL of the Redis of gateways on several nodes; None reads the files of the store.
 
     Raises:
         ConfigError: if there is no store, or no key of this id.
     """
-    folder = existing_store(store)
-    names = {
-        record.id: record.name for record in KeyStore(folder / KEYS_FILE, must_exist=True).list()
-    }
-    if key is not None and key not in names:
+    records = existing_keys(store, redis).list()
+    accounts = {record.id: record.account for record in records}
+    names = {record.account: record.name for record in records}
+    if key is not None and key not in accounts:
         raise ConfigError(f"no key has the id {key!r}; `azeotrope keys list` shows all")
-    ledger: Ledger
-    ledger = SqliteLedger(folder / LEDGER_FILE) if redis is None else RedisLedger(redis)
+    ledger = open_ledger(store or default_store(), redis)
     # What a dead gateway left open would stay open in the table.
     ledger.sweep()
     table = Table(title="usage by day (UTC)")
     table.add_column("day", no_wrap=True)
-    table.add_column("key", no_wrap=True)
+    table.add_column("account", no_wrap=True)
     table.add_column("name", overflow="fold")
     for column in ("requests", "prompt tokens", "completion tokens", "open"):
         table.add_column(column, justify="right")
-    for row in ledger.usage(key):
+    for row in ledger.usage(None if key is None else accounts[key]):
         counts = (row.requests, row.prompt_tokens, row.completion_tokens, row.open_requests)
         cells = (str(row.day), row.key, names.get(row.key, ""), *(f"{count:,}" for count in counts))
         table.add_row(*(Text(cell) for cell in cells))

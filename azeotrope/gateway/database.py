@@ -48,9 +48,13 @@ class Database:
             self._make(schema)
         for table in tables:
             # A broken page is found now, and not by the request that needs it.
-            [(verdict,), *_] = self.rows(f"PRAGMA quick_check({table})")
-            if verdict != "ok":
-                raise StoreError(f"{path} is damaged ({verdict}); restore it from a copy")
+            self.check(table)
+
+    def check(self, table: str) -> None:
+        """Raises StoreError if a page of this table is broken."""
+        [(verdict,), *_] = self.rows(f"PRAGMA quick_check({table})")
+        if verdict != "ok":
+            raise StoreError(f"{self.path} is damaged ({verdict}); restore it from a copy")
 
     def rows(self, sql: str, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
         """The answer to a question that changes nothing."""

@@ -30,9 +30,10 @@ LEDGER_FILE = "ledger.sqlite"
 
 @dataclass(frozen=True)
 class Usage:
-    """What one key used on one day of UTC; a request belongs to the day it arrived on."""
+    """What one customer used on one day of UTC; a request belongs to the day it arrived on."""
 
     key: str
+    """The account: the id of the customer's first key."""
     day: date
     requests: int
     """Settled ones; the tokens are theirs."""
@@ -63,6 +64,7 @@ class Ledger(Protocol):
         """Let a request in, or say why not.
 
         Args:
+            key: the account that pays, which a rotated key shares with the one before it.
             request: an id that was never used before.
             prompt: tokens.
             completion: the most tokens that may be written, of all completions together.
@@ -95,7 +97,7 @@ class Ledger(Protocol):
         ...
 
     def usage(self, key: str | None = None) -> list[Usage]:
-        """Day by day, of one key or of all."""
+        """Day by day, of one account or of all."""
         ...
 
 

@@ -31,7 +31,7 @@ class OpenRequests:
     async def reserve(
         self, key: str, request: str, *, prompt: int, completion: int, slots: int, limits: Limits
     ) -> Standing | Refusal:
-        """Open a request, unless its key has not so much left."""
+        """Open a request, unless its account (`key`) has not so much left."""
         found = await asyncio.to_thread(
             self._ledger.reserve,
             key,

@@ -16,7 +16,7 @@ LimitName = Literal["requests", "tokens", "tokens_day", "concurrency"]
 
 @dataclass(frozen=True)
 class Limits:
-    """What one key may use. A minute is the last 60 s, a day is one of UTC."""
+    """What one account may use. A minute is the last 60 s, a day is one of UTC."""
 
     requests_per_minute: int
     tokens_per_minute: int

@@ -9,25 +9,19 @@ script may change them together:
     :usage:KEY    hash: DAY:requests, DAY:prompt, DAY:completion, DAY:open, DAY:reserved
     :leases       sorted set: open requests by the end of their lease
     :keys         set: all keys
-
-Redis must keep what it is given: `appendonly yes` and `maxmemory-policy noeviction`. Pass a client
-or a `rediss://` URL where the network is not trusted.
 """
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from azeotrope.config import ConfigError
 from azeotrope.gateway.database import StoreError
 from azeotrope.gateway.ledger import Usage, check_reservation, day_of
 from azeotrope.gateway.quotas import DAY_MS, WINDOW_MS, Limits, Minute, Refusal, Standing
+from azeotrope.gateway.redis_connection import TAG, RedisConnection, text
 
 if TYPE_CHECKING:
     from redis import Redis
-
-TAG = "{azeotrope}"
-TIMEOUT_S = 2.0
 
 # Numbers go back to Redis through `%d`: Lua would write the time as 1.8e+12.
 _SHARED = f"""
@@ -177,27 +171,8 @@ class RedisLedger:
             ConfigError: if the package is not installed or the URL is not one.
             StoreError: if Redis does not answer.
         """
-        try:
-            import redis
-        except ImportError as error:
-            raise ConfigError(
-                "a ledger in Redis needs the package redis: pip install 'azeotrope[redis]'"
-            ) from error
-        self._broken = redis.RedisError
-        self._clock = clock
-        if isinstance(url_or_client, str):
-            try:
-                client = redis.Redis.from_url(
-                    url_or_client, socket_timeout=TIMEOUT_S, socket_connect_timeout=TIMEOUT_S
-                )
-            except ValueError as error:
-                # The message does not repeat the URL: there may be a password in it.
-                raise ConfigError(
-                    "the ledger's URL is not one of Redis; it looks like rediss://host:6379/0"
-                ) from error
-        else:
-            client = url_or_client
-        register = client.register_script
+        self._redis, self._clock = RedisConnection(url_or_client, "the quotas"), clock
+        register = self._redis.client.register_script
         self._reserve = register(_SHARED + _RESERVE)
         self._progress = register(_SHARED + _PROGRESS)
         self._settle = register(_SHARED + _SETTLE)
@@ -225,11 +200,11 @@ class RedisLedger:
             *(limits.requests_per_minute, limits.tokens_per_minute),
             *(limits.tokens_per_day, limits.concurrency, _ms(lease_s)),
         )
-        if _text(verdict) == "taken":
+        if text(verdict) == "taken":
             raise StoreError(f"the request {request!r} was reserved before; ids are used once")
         *facts, first, second = map(int, numbers)
         minute = Minute(*facts)
-        if _text(verdict) == "reserved":
+        if text(verdict) == "reserved":
             return minute.after(tokens, slots).standing(limits)
         return minute.refusal(limits, tokens, slots, {"requests": first, "tokens": second})
 
@@ -249,8 +224,8 @@ class RedisLedger:
         days: dict[tuple[int, str], dict[str, int]] = defaultdict(dict)
         for name, flat in self._run(self._usage, key or ""):
             for field, count in zip(flat[::2], flat[1::2], strict=True):
-                day, _, what = _text(field).partition(":")
-                days[int(day), _text(name)][what] = int(count)
+                day, _, what = text(field).partition(":")
+                days[int(day), text(name)][what] = int(count)
         return [
             Usage(
                 key=name,
@@ -265,16 +240,9 @@ class RedisLedger:
 
     def _run(self, script: Any, *values: str | int) -> Any:
         now = "" if self._clock is None else _ms(self._clock())
-        try:
+        with self._redis.asked():
             return script(keys=[TAG], args=[now, *values])
-        except self._broken as error:
-            raise StoreError(f"the ledger in Redis cannot be used: {error}") from error
 
 
 def _ms(seconds: float) -> int:
     return round(seconds * 1000)
-
-
-def _text(value: bytes | str) -> str:
-    """Clients answer with the one or the other, as they were told to."""
-    return value.decode() if isinstance(value, bytes) else value

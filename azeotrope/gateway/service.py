@@ -20,7 +20,8 @@ from azeotrope.gateway import answering, beginning, extraction
 from azeotrope.gateway.audit_log import AuditLog
 from azeotrope.gateway.engine import Engine, EngineBusyError, EngineError, EngineRequest
 from azeotrope.gateway.errors import ApiError
-from azeotrope.gateway.keys import KeyRecord, KeyStore
+from azeotrope.gateway.key_records import KeyRecord
+from azeotrope.gateway.key_store import Keys
 from azeotrope.gateway.ledger import Ledger
 from azeotrope.gateway.metrics import Metrics
 from azeotrope.gateway.open_requests import OpenRequests
@@ -88,7 +89,7 @@ class Gateway:
         self,
         model: Model,
         policy: Policy,
-        keys: KeyStore,
+        keys: Keys,
         ledger: Ledger,
         log: AuditLog,
         *,
@@ -102,10 +103,12 @@ class Gateway:
         self._ready = ready
         self._vocabulary = token_rows(model.tokenizer)
         self._arriving = 0
+        self._warned: set[str] = set()
 
     def apply(self, policy: Policy) -> None:
         """New rules, for requests from now on."""
         self.policy = policy
+        self._warned.clear()
         self._suspicion.rules = policy.extraction
 
     # Who asks ----------------------------------------------------------------------------
@@ -123,7 +126,10 @@ class Gateway:
         found = None
         if scheme.lower() == "bearer" and token.strip():
             found = await asyncio.to_thread(self.keys.find, token.strip())
-        if found is None or found.tier not in self.policy.tiers:
+        if found is not None and found.tier not in self.policy.tiers:
+            self._warn_of_tier(found)
+            found = None
+        if found is None:
             self.metrics.refused("key")
             raise ApiError(
                 401,
@@ -141,6 +147,13 @@ class Gateway:
                 code="insufficient_scope",
             )
         return found
+
+    def _warn_of_tier(self, key: KeyRecord) -> None:
+        """Tell the operator, once for each key and policy, what its owner is not told."""
+        if key.id in self._warned:
+            return
+        self._warned.add(key.id)
+        logger.warning("key %s is refused: the policy has no tier %r", key.id, key.tier)
 
     def models(self, key: KeyRecord) -> list[str]:
         """The names a key can ask for. Nobody else learns that there is an undefended model."""
@@ -191,10 +204,17 @@ class Gateway:
             request = parse(kind, await self._body(read))
             engine = self._engine(key, request.model)
             planned = await self.plan(key, request)
-            self._suspicion.look(key.id, self._observe(request, planned, headers, address))
+            self._suspicion.look(
+                key.account, self._observe(request, planned, headers, address), key=key.id
+            )
             return await self.reserve(key, request, planned, engine)
         except ApiError as error:
-            self.log.write(key.id, "refused", status=error.status, code=error.code or error.param)
+            self.log.write(
+                *(key.id, "refused"),
+                account=key.account,
+                status=error.status,
+                code=error.code or error.param,
+            )
             raise
         finally:
             self._arriving -= 1
@@ -235,15 +255,17 @@ class Gateway:
             ApiError: 429 with Retry-After and the limits.
         """
         tier = self.policy.tiers[key.tier]
+        undefended = engine is not self.model.engine
         # First of all: what cannot be written down is not answered.
-        self._write(key, "asked", planned, undefended=engine is not self.model.engine)
+        self._write(key, "asked", planned, undefended=undefended)
         found = await self.open.reserve(
-            key.id,
+            # What a licence takes has a quota and a line in the books of its own.
+            key.account + UNDEFENDED if undefended else key.account,
             planned.identity,
             prompt=planned.prompt_tokens,
             completion=planned.completion_tokens,
             slots=len(planned.requests),
-            limits=Limits.of(tier, self._suspicion.share(key.id)),
+            limits=Limits.of(tier, self._suspicion.share(key.account)),
         )
         if isinstance(found, Refusal):
             self.metrics.refused("quota")
@@ -391,6 +413,7 @@ class Gateway:
         self.log.write(
             key.id,
             event,
+            account=key.account,
             request=planned.identity,
             prompt_tokens=planned.prompt_tokens,
             completion_tokens=written,

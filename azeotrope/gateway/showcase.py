@@ -22,7 +22,7 @@ from starlette.requests import Request
 from azeotrope import tasks
 from azeotrope.gateway.engine import Engine, Finish
 from azeotrope.gateway.errors import ApiError
-from azeotrope.gateway.keys import KeyRecord
+from azeotrope.gateway.key_records import KeyRecord
 from azeotrope.gateway.policy import Tier
 from azeotrope.gateway.refusals import overloaded
 from azeotrope.gateway.requests import ChatMessage, ChatRequest
@@ -225,6 +225,7 @@ def _visitor() -> KeyRecord:
     """Stands for whoever opens the page of a demonstration: no real key, on nobody's bill."""
     return KeyRecord(
         id="demo",
+        account="demo",
         name="the page in demo mode",
         tier="standard",
         licence="usage",

@@ -1,4 +1,7 @@
-"""Looks at what each key asked last, and acts on it if the policy says so."""
+"""Looks at what each customer asked last, and acts on it if the policy says so.
+
+A customer is an account: a key and all that it was rotated to.
+"""
 
 from azeotrope.gateway import extraction
 from azeotrope.gateway.audit_log import AuditLog
@@ -8,7 +11,7 @@ from azeotrope.gateway.refusals import suspended
 
 
 class Suspicion:
-    """One replica's view: with several, each sees a part of a key's requests and judges by it.
+    """One replica's view: with several, each sees a part of the requests and judges by it.
 
     In shadow mode (`observe`, the default) it writes the audit log and nothing else.
     """
@@ -19,36 +22,39 @@ class Suspicion:
         self._seen: dict[str, int] = {}
         self._shares: dict[str, float] = {}
 
-    def share(self, key: str) -> float:
-        """Of its quotas that a key keeps: 1 unless it is throttled."""
-        return self._shares.get(key, 1.0)
+    def share(self, account: str) -> float:
+        """Of its quotas that an account keeps: 1 unless it is throttled."""
+        return self._shares.get(account, 1.0)
 
-    def look(self, key: str, observation: extraction.Observation) -> None:
-        """Note a request; every so many of a key, look at them together.
+    def look(self, account: str, observation: extraction.Observation, *, key: str) -> None:
+        """Note a request; every so many of an account, look at them together.
+
+        Args:
+            key: the id of the key that asks, for the audit log.
 
         Raises:
-            ApiError: 403 if the policy is to block and the key looks like a thief's.
+            ApiError: 403 if the policy is to block and the account looks like a thief's.
         """
-        self._watch.add(key, observation)
-        self._seen[key] = self._seen.get(key, 0) + 1
-        if self._seen[key] % self.rules.every == 0:
-            self._judge(key)
-        if self._shares.get(key) == 0.0:
+        self._watch.add(account, observation)
+        self._seen[account] = self._seen.get(account, 0) + 1
+        if self._seen[account] % self.rules.every == 0:
+            self._judge(account, key)
+        if self._shares.get(account) == 0.0:
             raise suspended()
 
-    def _judge(self, key: str) -> None:
-        score = extraction.score(self._watch.of(key))
+    def _judge(self, account: str, key: str) -> None:
+        score = extraction.score(self._watch.of(account))
         suspicious = score.value >= self.rules.threshold
         self._metrics.extraction(suspicious)
-        self._shares.pop(key, None)
+        self._shares.pop(account, None)
         if not suspicious:
             return
         self._log.write(
-            key,
-            "extraction",
+            *(key, "extraction"),
+            account=account,
             reasons=score.reasons,
             score=round(score.value, 3),
             action=self.rules.action,
         )
         if self.rules.action != "observe":
-            self._shares[key] = self.rules.throttle if self.rules.action == "throttle" else 0.0
+            self._shares[account] = self.rules.throttle if self.rules.action == "throttle" else 0.0

@@ -1,24 +1,41 @@
-"""API keys: what is kept, who is let in, and the commands that make and end keys."""
+"""API keys: what is kept, who is let in, and the commands that make and end keys.
 
+The contract runs over SQLite, over an imitation of Redis, and over a real `redis-server` if there
+is one on the PATH.
+"""
+
+import hashlib
 import os
 import re
+import socket
 import sqlite3
+import subprocess
 import sys
 import time
 from base64 import urlsafe_b64decode
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
+import fakeredis
 import pytest
+import redis
 from typer.testing import CliRunner
 
 from azeotrope.config import ConfigError
 from azeotrope.gateway.database import StoreError
+from azeotrope.gateway.key_store import Keys
 from azeotrope.gateway.keys import KEYS_FILE, KeyStore
 from azeotrope.gateway.ledger import LEDGER_FILE, SqliteLedger
 from azeotrope.gateway.policy import Tier
 from azeotrope.gateway.quotas import Limits
+from azeotrope.gateway.redis_keys import RedisKeyStore
+from azeotrope.gateway.redis_ledger import RedisLedger
 from workflows import cli
 from workflows.keys import default_store
+
+ROOT = Path(__file__).parents[2]
 
 
 class Clock:
@@ -36,16 +53,40 @@ def clock() -> Clock:
     return Clock(1_800_000_000.0)
 
 
+Opener = Callable[..., Keys]
+
+
+@pytest.fixture(params=["sqlite", "imitation", "redis"])
+def opener(request: pytest.FixtureRequest, tmp_path: Path, clock: Clock) -> Opener:
+    """Opens one store again and again, as other processes would."""
+    if request.param == "sqlite":
+        return partial(KeyStore, tmp_path / "home" / KEYS_FILE, clock=clock)
+    if request.param == "imitation":
+        return partial(RedisKeyStore, imitation(), clock=clock)
+    url = request.getfixturevalue("redis_url")
+    redis.Redis.from_url(url).flushall()
+    return partial(RedisKeyStore, url, clock=clock)
+
+
 @pytest.fixture
-def store(tmp_path: Path, clock: Clock) -> KeyStore:
+def store(opener: Opener) -> Keys:
+    return opener()
+
+
+@pytest.fixture
+def file_store(tmp_path: Path, clock: Clock) -> KeyStore:
     return KeyStore(tmp_path / "home" / KEYS_FILE, clock=clock)
+
+
+def imitation() -> fakeredis.FakeStrictRedis:
+    return fakeredis.FakeStrictRedis(server=fakeredis.FakeServer())
 
 
 def mode(path: Path) -> int:
     return path.stat().st_mode & 0o777
 
 
-def test_a_token_opens_its_record_and_nothing_else_does(store: KeyStore) -> None:
+def test_a_token_opens_its_record_and_nothing_else_does(store: Keys) -> None:
     record, token = store.create(
         "ada", tier="trusted", licence="distillation", models=("m",), features=("chat",)
     )
@@ -71,8 +112,8 @@ def test_a_token_opens_its_record_and_nothing_else_does(store: KeyStore) -> None
         assert store.find(other) is None
 
 
-def test_the_files_hold_no_token(store: KeyStore, tmp_path: Path) -> None:
-    tokens = [store.create(f"customer {i}")[1] for i in range(5)]
+def test_the_files_hold_no_token(file_store: KeyStore, tmp_path: Path) -> None:
+    tokens = [file_store.create(f"customer {i}")[1] for i in range(5)]
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert {path.name for path in files} >= {KEYS_FILE, f"{KEYS_FILE}-wal"}
     content = b"".join(path.read_bytes() for path in files)
@@ -82,20 +123,20 @@ def test_the_files_hold_no_token(store: KeyStore, tmp_path: Path) -> None:
         assert urlsafe_b64decode(token[3:] + "=") not in content
 
 
-def test_only_the_owner_can_read_the_files(store: KeyStore, tmp_path: Path) -> None:
-    store.create("ada")
+def test_only_the_owner_can_read_the_files(file_store: KeyStore, tmp_path: Path) -> None:
+    file_store.create("ada")
     assert mode(tmp_path / "home") == 0o700
     assert {mode(path) for path in (tmp_path / "home").iterdir()} == {0o600}
 
 
-def test_the_secret_of_the_watermark_is_not_shown(store: KeyStore) -> None:
+def test_the_secret_of_the_watermark_is_not_shown(store: Keys) -> None:
     record, _ = store.create("ada")
     assert len(record.watermark_key) == 64
     assert record.watermark_key not in repr(record)
     assert store.create("bob")[0].watermark_key != record.watermark_key
 
 
-def test_a_key_expires_to_the_second(store: KeyStore, clock: Clock) -> None:
+def test_a_key_expires_to_the_second(store: Keys, clock: Clock) -> None:
     record, token = store.create("ada", expires_in_s=60.0)
     assert record.expires == clock.now + 60
     clock.now += 59.999
@@ -106,10 +147,10 @@ def test_a_key_expires_to_the_second(store: KeyStore, clock: Clock) -> None:
 
 
 def test_a_revocation_holds_at_once_here_and_within_a_second_elsewhere(
-    store: KeyStore, tmp_path: Path, clock: Clock
+    opener: Opener, store: Keys, clock: Clock
 ) -> None:
     record, token = store.create("ada")
-    gateway = KeyStore(tmp_path / "home" / KEYS_FILE, must_exist=True, clock=clock)
+    gateway = opener(must_exist=True)
     assert gateway.find(token) == record
     revoked = store.revoke(record.id)
     assert revoked.revoked == clock.now
@@ -119,10 +160,10 @@ def test_a_revocation_holds_at_once_here_and_within_a_second_elsewhere(
     clock.now += 5
     assert store.revoke(record.id) == revoked
     with pytest.raises(ValueError, match="cache_s"):
-        KeyStore(tmp_path / "home" / KEYS_FILE, cache_s=1.1)
+        opener(cache_s=1.1)
 
 
-def test_rotation_keeps_rights_and_watermark(store: KeyStore, clock: Clock) -> None:
+def test_rotation_keeps_rights_and_watermark(store: Keys, clock: Clock) -> None:
     old, old_token = store.create("ada", tier="trusted", models=("m",), expires_in_s=1000.0)
     clock.now += 100
     new, new_token = store.rotate(old.id)
@@ -130,13 +171,14 @@ def test_rotation_keeps_rights_and_watermark(store: KeyStore, clock: Clock) -> N
     assert store.find(new_token) == new
     assert new.id != old.id
     assert new.created == clock.now
+    assert new.account == old.account == old.id
     same = ("name", "tier", "licence", "models", "features", "expires", "watermark_key")
     assert [getattr(new, name) for name in same] == [getattr(old, name) for name in same]
     with pytest.raises(ConfigError, match="has ended"):
         store.rotate(old.id)
 
 
-def test_both_keys_work_during_the_overlap(store: KeyStore, clock: Clock) -> None:
+def test_both_keys_work_during_the_overlap(store: Keys, clock: Clock) -> None:
     old, old_token = store.create("ada")
     new, new_token = store.rotate(old.id, overlap_s=60.0)
     clock.now += 59
@@ -147,14 +189,14 @@ def test_both_keys_work_during_the_overlap(store: KeyStore, clock: Clock) -> Non
     assert new.expires is None
 
 
-def test_an_overlap_does_not_prolong_a_key(store: KeyStore, clock: Clock) -> None:
+def test_an_overlap_does_not_prolong_a_key(store: Keys, clock: Clock) -> None:
     old, old_token = store.create("ada", expires_in_s=10.0)
     store.rotate(old.id, overlap_s=60.0)
     clock.now += 10
     assert store.find(old_token) is None
 
 
-def test_what_is_not_allowed_is_said(store: KeyStore) -> None:
+def test_what_is_not_allowed_is_said(store: Keys) -> None:
     with pytest.raises(ConfigError, match="no key has the id 'ak-0'"):
         store.revoke("ak-0")
     with pytest.raises(ConfigError, match="no key has the id 'ak-0'"):
@@ -228,10 +270,176 @@ def test_a_store_that_goes_away_lets_nobody_in(tmp_path: Path) -> None:
         gateway.find(token)
 
 
-def test_a_gateway_cannot_write_keys(store: KeyStore, tmp_path: Path) -> None:
-    store.create("ada")
+def test_a_gateway_cannot_write_keys(opener: Opener, store: Keys) -> None:
+    record, _ = store.create("ada")
+    gateway = opener(must_exist=True)
     with pytest.raises(StoreError, match="readonly"):
-        KeyStore(tmp_path / "home" / KEYS_FILE, must_exist=True).create("bob")
+        gateway.create("bob")
+    with pytest.raises(StoreError, match="readonly"):
+        gateway.revoke(record.id)
+    assert store.list() == [record]
+
+
+# The customer, over rotations -----------------------------------------------------------------
+
+
+def test_all_keys_of_an_account_end_together(store: Keys, clock: Clock) -> None:
+    first, first_token = store.create("ada")
+    clock.now += 1
+    second, second_token = store.rotate(first.id, overlap_s=60.0)
+    clock.now += 1
+    third, third_token = store.rotate(second.id, overlap_s=60.0)
+    other, other_token = store.create("bob")
+    assert {key.account for key in (first, second, third)} == {first.id}
+    assert store.revoke(second.id).account == first.id
+    ended = clock.now
+    clock.now += 1
+    # Any key of the account names it, and the time of the first revocation stays.
+    gone = store.revoke_account(third.id)
+    assert [key.id for key in gone] == [first.id, second.id, third.id]
+    assert [key.revoked for key in gone] == [clock.now, ended, clock.now]
+    for token in (first_token, second_token, third_token):
+        assert store.find(token) is None
+    assert store.find(other_token) == other
+    with pytest.raises(ConfigError, match="no key has the id 'ak-0'"):
+        store.revoke_account("ak-0")
+
+
+def test_a_store_of_an_earlier_version_is_brought_up_to_date(tmp_path: Path, clock: Clock) -> None:
+    path = tmp_path / KEYS_FILE
+    store = KeyStore(path, clock=clock)
+    before, token = store.create("ada")
+    with sqlite3.connect(path) as connection:
+        connection.execute("ALTER TABLE keys DROP COLUMN account")
+        connection.execute("DROP TABLE secrets")
+    with pytest.raises(StoreError, match="`azeotrope keys list` brings it up to date"):
+        KeyStore(path, must_exist=True)
+    store = KeyStore(path, clock=clock)
+    assert store.find(token) == before == store.list()[0]
+    assert before.account == before.id
+    assert store.rotate(before.id)[0].account == before.id
+    assert len(store.secret()) == 32
+    assert KeyStore(path, must_exist=True).secret() == store.secret()
+
+
+# The secret of the store ----------------------------------------------------------------------
+
+
+def test_a_store_has_one_secret(opener: Opener, store: Keys, tmp_path: Path) -> None:
+    secret = store.secret()
+    assert len(secret) == 32
+    assert len(set(secret)) > 8
+    store.create("ada")
+    assert opener().secret() == opener(must_exist=True).secret() == secret
+    for other in (KeyStore(tmp_path / "other" / KEYS_FILE), RedisKeyStore(imitation())):
+        assert other.secret() != secret
+    assert secret.hex() not in repr(vars(store.list()[0]))
+
+
+def test_processes_that_begin_a_store_together_agree_on_its_secret(tmp_path: Path) -> None:
+    program = (
+        "import sys; from pathlib import Path; from azeotrope.gateway.keys import KeyStore;"
+        "print(KeyStore(Path(sys.argv[1])).secret().hex())"
+    )
+    path = tmp_path / "home" / KEYS_FILE
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-c", program, str(path)], cwd=ROOT, stdout=subprocess.PIPE, text=True
+        )
+        for _ in range(3)
+    ]
+    found = {worker.communicate(timeout=60)[0].strip() for worker in workers}
+    assert found == {KeyStore(path).secret().hex()}
+
+
+def test_a_store_without_its_secret_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / KEYS_FILE
+    KeyStore(path).create("ada")
+    with sqlite3.connect(path) as connection:
+        connection.execute("DELETE FROM secrets")
+    with pytest.raises(StoreError, match="earlier version"):
+        KeyStore(path, must_exist=True)
+    assert len(KeyStore(path).secret()) == 32
+
+
+# Redis ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("decodes", [False, True])
+def test_redis_holds_digests_and_no_token(decodes: bool) -> None:
+    server = fakeredis.FakeServer()
+    client = fakeredis.FakeStrictRedis(server=server, decode_responses=decodes)
+    store = RedisKeyStore(client)
+    made = [store.create(f"customer {i}") for i in range(3)]
+    assert [store.find(token) for _, token in made] == [record for record, _ in made]
+    plain = fakeredis.FakeStrictRedis(server=server, decode_responses=True)
+    names = set(plain.keys("*"))
+    assert names == {f"{{azeotrope}}:api-{kind}" for kind in ("keys", "ids", "secret")}
+    hashes = [plain.hgetall(name) for name in names if plain.type(name) == "hash"]
+    content = repr(hashes)
+    for record, token in made:
+        assert record.name in content
+        assert token[3:] not in content
+        assert urlsafe_b64decode(token[3:] + "=").hex() not in content
+
+
+def test_a_gateway_does_not_start_on_a_redis_without_keys(opener: Opener) -> None:
+    with pytest.raises(StoreError, match=r"no store at|no keys in this Redis"):
+        opener(must_exist=True)
+    opener()
+    assert opener(must_exist=True).list() == []
+
+
+def test_a_redis_that_goes_away_lets_nobody_in() -> None:
+    server = fakeredis.FakeServer()
+    store = RedisKeyStore(fakeredis.FakeStrictRedis(server=server), cache_s=0.0)
+    record, token = store.create("ada")
+    server.connected = False
+    for act in (
+        lambda: store.find(token),
+        store.list,
+        lambda: store.create("bob"),
+        lambda: store.revoke(record.id),
+    ):
+        with pytest.raises(StoreError, match="the keys in Redis cannot be used"):
+            act()
+    server.connected = True
+    assert store.find(token) == record
+    fakeredis.FakeStrictRedis(server=server).flushall()
+    assert store.find(token) is None
+
+
+def test_a_redis_that_does_not_answer_is_an_error() -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with pytest.raises(StoreError, match="Redis cannot be used"):
+        RedisKeyStore(f"redis://127.0.0.1:{port}/0")
+    with pytest.raises(ConfigError, match="rediss://") as error:
+        RedisKeyStore("http://user:secret@host")
+    assert "secret" not in str(error.value)
+
+
+def test_half_a_record_opens_nothing() -> None:
+    client = imitation()
+    store = RedisKeyStore(client, cache_s=0.0)
+    _, token = store.create("ada")
+    for wrong in ("{", "{}", '{"models": "[]", "features": "[]"}'):
+        client.hset("{azeotrope}:api-keys", hashlib.sha256(token.encode()).hexdigest(), wrong)
+        with pytest.raises(StoreError, match="cannot be read"):
+            store.find(token)
+
+
+def test_changes_at_once_are_all_kept(opener: Opener, store: Keys) -> None:
+    first, _ = store.create("ada")
+
+    def rotated(_: int) -> str:
+        return opener().rotate(first.id, overlap_s=60.0)[0].id
+
+    with ThreadPoolExecutor(4) as pool:
+        made = set(pool.map(rotated, range(12)))
+    assert {key.id for key in store.list()} == {first.id} | made
+    assert {key.account for key in store.list()} == {first.id}
 
 
 # The command line ----------------------------------------------------------------------------
@@ -313,6 +521,70 @@ def test_usage_is_a_table_of_days(home: Path) -> None:
         [row] = [line for line in shown.splitlines() if record.id in line]
         cells = [cell.strip() for cell in row.strip("│").split("│")]
         assert cells == ["2023-11-14", record.id, "ada [bold]", "2", "2,000", "234", "0"]
+
+
+def test_a_rotated_key_is_the_same_customer(home: Path) -> None:
+    first = run("keys", "create", "ada")[0].strip()
+    store = KeyStore(home / KEYS_FILE, cache_s=0.0)
+    [old] = store.list()
+    assert "account" not in run("keys", "list")[0]
+    second = run("keys", "rotate", old.id, "--overlap-hours", "1")[0].strip()
+    new = store.find(second)
+    assert new is not None
+    rows = [line for line in run("keys", "list")[0].splitlines() if "ak-" in line]
+    assert [re.findall(r"ak-[0-9a-f]{8}", row) for row in rows] == [[old.id], [new.id, old.id]]
+    # The gateway reserves for the account.
+    ledger = SqliteLedger(home / LEDGER_FILE)
+    for key in (old, new):
+        ledger.reserve(
+            *(key.account, f"request of {key.id}"),
+            **{"prompt": 1, "completion": 1, "slots": 1},
+            limits=Limits.of(Tier()),
+            owner="o",
+            lease_s=10.0,
+        )
+    for shown in (run("usage")[0], run("usage", "--key", new.id)[0]):
+        [row] = [line for line in shown.splitlines() if "ak-" in line]
+        assert old.id in row
+    out, _ = run("keys", "revoke", new.id, "--all")
+    assert [line.split()[0] for line in out.splitlines()] == [old.id, new.id]
+    assert store.find(first) is store.find(second) is None
+
+
+def test_no_command_shows_the_secret(home: Path) -> None:
+    said = "".join(run("keys", "create", "ada"))
+    store = KeyStore(home / KEYS_FILE)
+    said += "".join(run("keys", "list") + run("usage") + run("keys", "rotate", store.list()[0].id))
+    assert store.secret().hex() not in said
+    assert repr(store.secret()) not in said
+
+
+def test_commands_find_keys_in_redis(
+    home: Path, redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    redis.Redis.from_url(redis_url).flushall()
+    result = CliRunner().invoke(cli.app, ["keys", "list", "--redis", redis_url])
+    assert "no keys in this Redis" in str(result.exception)
+    token = run("keys", "create", "ada", "--redis", redis_url)[0].strip()
+    store = RedisKeyStore(redis_url, must_exist=True, cache_s=0.0)
+    record = store.find(token)
+    assert record is not None
+    monkeypatch.setenv("AZEOTROPE_REDIS_URL", redis_url)
+    assert record.id in run("keys", "list")[0]
+    RedisLedger(redis_url).reserve(
+        *(record.account, "a"),
+        **{"prompt": 1, "completion": 1, "slots": 1},
+        limits=Limits.of(Tier()),
+        owner="o",
+        lease_s=10.0,
+    )
+    new = store.find(run("keys", "rotate", record.id)[0].strip())
+    assert new is not None
+    [row] = [line for line in run("usage", "--key", new.id)[0].splitlines() if "ak-" in line]
+    assert record.id in row
+    run("keys", "revoke", new.id)
+    assert store.find(token) is None
+    assert not home.exists()
 
 
 @pytest.mark.parametrize(

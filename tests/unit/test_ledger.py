@@ -6,7 +6,6 @@ is one on the PATH.
 
 import itertools
 import json
-import shutil
 import socket
 import subprocess
 import sys
@@ -37,14 +36,7 @@ MIDNIGHT = 20_000 * 86_400.0
 """The start of 2024-10-04 UTC."""
 NOON = MIDNIGHT + 43_200
 WIDE = Limits(1000, 1_000_000, 10_000_000, 1000)
-HAS_REDIS = shutil.which("redis-server") is not None
-KINDS = [
-    "sqlite",
-    "imitation",
-    pytest.param(
-        "redis", marks=pytest.mark.skipif(not HAS_REDIS, reason="no redis-server on the PATH")
-    ),
-]
+KINDS = ["sqlite", "imitation", "redis"]
 
 
 @dataclass
@@ -57,27 +49,6 @@ class Clock:
         return self.now
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[str]:
-    """The URL of a Redis of our own, which lives in memory."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    options = ["--port", str(port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
-    process = subprocess.Popen(["redis-server", *options], stdout=subprocess.DEVNULL)
-    url = f"redis://127.0.0.1:{port}/0"
-    try:
-        for _ in range(100):
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", port)) == 0:
-                    break
-            time.sleep(0.05)
-        yield url
-    finally:
-        process.terminate()
-        process.wait(10)
-
-
 Opener = Callable[[Callable[[], float] | None], Any]
 
 
@@ -85,7 +56,7 @@ Opener = Callable[[Callable[[], float] | None], Any]
 def opener(request: pytest.FixtureRequest) -> Opener:
     """Opens an empty ledger of each kind."""
     kind = request.param
-    url = request.getfixturevalue("server") if kind == "redis" else ""
+    url = request.getfixturevalue("redis_url") if kind == "redis" else ""
 
     @contextmanager
     def opened(clock: Callable[[], float] | None) -> Iterator[Ledger]:
