@@ -1,6 +1,6 @@
 """From a request and a tier to what the engine is asked: every rule of a tier is applied here."""
 
-import hashlib
+import hmac
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -44,6 +44,7 @@ def plan(
     identity: str,
     context: int,
     vocabulary: int,
+    seed_key: bytes,
     watermark_key: str | None = None,
 ) -> Plan:
     """Check a request against its tier and turn it into engine requests.
@@ -52,6 +53,7 @@ def plan(
         identity: of the request; seeds of completions without a given one do not depend on it.
         context: tokens that prompt and completion may have together.
         vocabulary: how many token ids there are.
+        seed_key: mixed into the seeds that clients give; a secret, and another for each customer.
         watermark_key: of the key that asks.
 
     Raises:
@@ -85,7 +87,7 @@ def plan(
                     max_tokens=min(asked or tier.max_tokens, tier.max_tokens, room),
                     temperature=temperature,
                     top_p=top_p,
-                    seed=_seed(request.seed, place),
+                    seed=_seed(request.seed, place, seed_key),
                     logprobs=shown,
                     banned=banned,
                     strength=tier.strength,
@@ -182,10 +184,13 @@ def _room(ids: Sequence[int], context: int) -> int:
     return room
 
 
-def _seed(given: int | None, place: int) -> int:
-    """A seed for each completion: the same for the same request, different within it."""
+def _seed(given: int | None, place: int, key: bytes) -> int:
+    """A seed for each completion: the same for the same request, different within it.
+
+    Draws from a seed are public arithmetic. Who could choose it would know each draw beforehand,
+    and read the distribution off the tokens by halving, as finely as he likes.
+    """
     if given is None:
         return secrets.randbits(63)
-    if place == 0:
-        return given & (2**63 - 1)
-    return int.from_bytes(hashlib.sha256(f"{given}:{place}".encode()).digest()[:8], "big") >> 1
+    mixed = hmac.digest(key, f"{given}:{place}".encode(), "sha256")
+    return int.from_bytes(mixed[:8], "big") >> 1

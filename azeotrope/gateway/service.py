@@ -7,6 +7,7 @@ no way around a station that cannot be asked.
 
 import asyncio
 import contextlib
+import hmac
 import logging
 import secrets
 import time
@@ -102,6 +103,7 @@ class Gateway:
         self._suspicion = Suspicion(policy.extraction, log, self.metrics)
         self._ready = ready
         self._vocabulary = token_rows(model.tokenizer)
+        self._secret = keys.secret()
         self._arriving = 0
         self._warned: set[str] = set()
 
@@ -243,6 +245,7 @@ class Gateway:
             identity=secrets.token_hex(12),
             context=self.model.context,
             vocabulary=self._vocabulary,
+            seed_key=hmac.digest(self._secret, key.account.encode(), "sha256"),
             watermark_key=key.watermark_key,
         )
 

@@ -25,8 +25,11 @@ def text(**more: Any) -> CompletionRequest:
     return parse(CompletionRequest, json.dumps({"model": "m", "prompt": QUESTION, **more}).encode())
 
 
-def planned(word: PreTrainedTokenizerFast, request: Any, **tier: Any) -> Plan:
-    return plan(request, Tier(**tier), word, identity="r", context=CONTEXT, vocabulary=len(word))
+def planned(
+    word: PreTrainedTokenizerFast, request: Any, *, seed_key: bytes = b"secret", **tier: Any
+) -> Plan:
+    limits: dict[str, Any] = {"context": CONTEXT, "vocabulary": len(word)}
+    return plan(request, Tier(**tier), word, identity="r", seed_key=seed_key, **limits)
 
 
 def refusal(call: Any) -> ApiError:
@@ -105,7 +108,9 @@ def test_a_chat_becomes_what_the_template_makes_of_it(word: PreTrainedTokenizerF
     (request,) = found.requests
     assert request.prompt == ids
     assert (request.max_tokens, request.temperature, request.top_p) == (7, 0.5, 0.9)
-    assert (request.seed, request.logprobs, request.banned) == (3, None, ())
+    assert (request.logprobs, request.banned) == (None, ())
+    assert request.seed is not None
+    assert request.seed >= 0
     assert (found.prompt_tokens, found.completion_tokens) == (len(ids), 7)
     # Parts of text are one text, and a developer is the system.
     parts = [{"type": "text", "text": "joe has "}, {"type": "text", "text": "2 eggs ."}]
@@ -128,8 +133,11 @@ def test_what_is_left_of_the_context_bounds_an_answer(word: PreTrainedTokenizerF
 def test_completions_of_one_request_have_seeds_of_their_own(word: PreTrainedTokenizerFast) -> None:
     one = planned(word, text(prompt=["joe", "eggs"], n=2, seed=5))
     seeds = [request.seed for request in one.requests]
-    assert seeds[0] == 5
     assert len(set(seeds)) == 4
+    # Whoever asks cannot know them, and another customer's are others.
+    assert 5 not in seeds
+    other = planned(word, text(prompt=["joe", "eggs"], n=2, seed=5), seed_key=b"other")
+    assert not {request.seed for request in other.requests} & set(seeds)
     assert seeds == [
         r.seed for r in planned(word, text(prompt=["joe", "eggs"], n=2, seed=5)).requests
     ]
