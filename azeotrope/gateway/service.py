@@ -329,11 +329,8 @@ class Gateway:
             ApiError: 503 if the engine fails or takes too long.
         """
         started: float | None = time.perf_counter()
-        requests = admitted.plan.requests
-        prompts = {item.prompt for item in requests}
-        openings = {prompt: self._opening(admitted.tier, prompt) for prompt in prompts}
-        parts = [self._complete(admitted, item, openings[item.prompt]) for item in requests]
         try:
+            parts = self._parts(admitted)
             async with contextlib.aclosing(answering.merge(parts)) as pieces:
                 async for number, said in pieces:
                     if started is not None:
@@ -352,6 +349,13 @@ class Gateway:
             raise overloaded("the engine failed; try again", "engine_error") from None
         finally:
             self._settle(admitted)
+
+    def _parts(self, admitted: Admitted) -> list[AsyncGenerator[Said]]:
+        requests = admitted.plan.requests
+        # Completions of one prompt begin alike, and a prompt may be long.
+        prompts = {item.prompt for item in requests}
+        openings = {prompt: self._opening(admitted.tier, prompt) for prompt in prompts}
+        return [self._complete(admitted, item, openings[item.prompt]) for item in requests]
 
     def _opening(self, tier: Tier, prompt: tuple[int, ...]) -> str:
         if tier.reasoning == "shown" and not self.model.rewriting:
