@@ -1,6 +1,7 @@
 """The console script `azeotrope`: one command a workflow; heavy imports happen inside them."""
 
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -130,6 +131,46 @@ def audit(
     from workflows.audit import main as run
 
     raise typer.Exit(run(url, key, model))
+
+
+@app.command()
+def trace(
+    file: Annotated[
+        Path, typer.Argument(help="lines of text, or JSON lines (.jsonl) with a field `text`")
+    ],
+    source: Annotated[str, typer.Argument(help="what was served: a run or a checkpoint's folder")],
+    defense: Annotated[
+        str | None, typer.Option(help="which point, where a run has several")
+    ] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="checkpoint or folder (default: the source's)")
+    ] = None,
+    share: Annotated[
+        float | None, typer.Option(help="of green tokens (default: the source's)")
+    ] = None,
+    context: Annotated[
+        int | None, typer.Option(help="tokens that decide a list (default: the source's)")
+    ] = None,
+    alarm_rate: Annotated[
+        float, typer.Option(help="how often innocent text may be laid to anybody")
+    ] = 1e-4,
+    store: StorePath = None,
+    redis: RedisUrl = None,
+) -> None:
+    """Say whose watermark is in texts: every key's mark is looked for."""
+    from workflows.trace import main as run
+
+    run(
+        file,
+        source,
+        defense=defense,
+        tokenizer=tokenizer,
+        share=share,
+        context=context,
+        alarm_rate=alarm_rate,
+        store=store,
+        redis=redis,
+    )
 
 
 @app.command()

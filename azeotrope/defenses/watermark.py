@@ -15,8 +15,9 @@ Large Language Models", arXiv:2308.00113.
 """
 
 import hashlib
+import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Literal, SupportsInt
 
@@ -77,6 +78,9 @@ class Detection:
     scored: int
     p_value: float
     """How often innocent text has at least so many green pairs."""
+    z: float = field(default=0.0, compare=False)
+    """Standard deviations above what innocent text has on average. To be read, not to judge by:
+    the p-value is exact where the normal distribution is not."""
 
 
 class Watermark(Defense):
@@ -185,7 +189,20 @@ def detect(
     Raises:
         ValueError: if the key is empty, or an id is negative, as padding sometimes is.
     """
-    followers: dict[tuple[int, ...], set[int]] = {}
+    return judge(different_pairs(completions, context), key=key, share=share)
+
+
+Pairs = dict[tuple[int, ...], set[int]]
+"""The different tokens after each context."""
+
+
+def different_pairs(completions: Iterable[Iterable[SupportsInt]], context: int = CONTEXT) -> Pairs:
+    """What `detect` counts, without a key: who tries many keys collects it once.
+
+    Raises:
+        ValueError: if an id is negative, as padding sometimes is.
+    """
+    followers: Pairs = {}
     for text in completions:
         # Scalars of torch that are equal are still different keys of a dictionary.
         ids = [int(token) for token in text]
@@ -193,10 +210,27 @@ def detect(
             raise ValueError(f"token ids are at least 0, got {min(ids)}; take the padding out")
         for place in range(context, len(ids)):
             followers.setdefault(tuple(ids[place - context : place]), set()).add(ids[place])
+    return followers
+
+
+def judge(pairs: Pairs, *, key: str, share: float = SHARE) -> Detection:
+    """Count the green pairs of one key: the second half of `detect`.
+
+    Raises:
+        ValueError: if the key is empty.
+    """
     green = 0
-    for before, tokens in followers.items():
+    for before, tokens in pairs.items():
         colours = green_list(before, max(tokens) + 1, key=key, share=share)
         green += int(colours[list(tokens)].sum())
-    scored = sum(map(len, followers.values()))
-    tail = binom.sf(green - 1, scored, round(share * STEPS) / STEPS)
-    return Detection(green, scored, float(tail))
+    scored = sum(map(len, pairs.values()))
+    exact = drawn_share(share)
+    tail = binom.sf(green - 1, scored, exact)
+    spread = math.sqrt(scored * exact * (1 - exact))
+    z = (green - scored * exact) / spread if scored else 0.0
+    return Detection(green, scored, float(tail), z)
+
+
+def drawn_share(share: float) -> float:
+    """The share that the lists really have: a multiple of 1/256."""
+    return round(share * STEPS) / STEPS

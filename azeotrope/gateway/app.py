@@ -19,6 +19,7 @@ from azeotrope.gateway.errors import ApiError
 from azeotrope.gateway.refusals import store_failed
 from azeotrope.gateway.requests import ChatRequest, CompletionRequest, Sampled
 from azeotrope.gateway.responses import Said, usage
+from azeotrope.gateway.retention import keep_for
 from azeotrope.gateway.service import Admitted, Gateway
 
 _REFERENCE = "#/components/schemas/{model}"
@@ -46,7 +47,11 @@ def create_app(gateway: Gateway) -> FastAPI:
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        days = asyncio.create_task(
+            keep_for(gateway.log, lambda: gateway.policy.audit.retention_days)
+        )
         yield
+        days.cancel()
         await gateway.close()
 
     app = FastAPI(

@@ -119,8 +119,8 @@ class AuditLog:
         oldest = (today or datetime.now(UTC).date()) - timedelta(days=days)
         removed: list[Path] = []
         for path in sorted(self.folder.iterdir()):
-            match = _FILE.fullmatch(path.name)
-            if match and date.fromisoformat(match[1]) < oldest:
+            day = _day(path)
+            if day is not None and day < oldest:
                 # Another replica may prune at the same time.
                 path.unlink(missing_ok=True)
                 removed.append(path)
@@ -192,6 +192,15 @@ class AuditLog:
             f"the audit log in {self.folder} cannot be written ({error.strerror or error}); "
             "give a folder that this process owns, on a disk with room"
         )
+
+
+def _day(path: Path) -> date | None:
+    """The day that a file is of; None for files that are not the log's."""
+    match = _FILE.fullmatch(path.name)
+    try:
+        return date.fromisoformat(match[1]) if match else None
+    except ValueError:
+        return None
 
 
 def redact(text: str) -> str:

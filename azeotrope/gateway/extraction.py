@@ -16,6 +16,8 @@ What it cannot tell, because the requests are the same:
   or a load test, from sampling to distil. These honest keys score above the threshold.
 - One prompt sampled slowly for ever from a health check, and problems put slowly, without a wish
   for reasoning, to a model that reasons unasked, from chat. These thieves score below.
+- A program that asks for log-probabilities by mistake, is refused, and goes on all the same, from
+  somebody who looks for a way to get them.
 - A key among many that share the work: each key is looked at alone, and each replica sees its part.
 - Who knows the signs. A random word in each prompt hides that it is repeated. Near-duplicates are
   not counted as repetitions on purpose: a long form with a short field is one, and is honest.

@@ -45,6 +45,8 @@ class Observation:
     elicits_reasoning: bool
     ip_hash: int
     user_agent_hash: int
+    refused: bool = False
+    """Whether the key's tier does not allow it; it was not answered."""
 
 
 def observe(
@@ -58,6 +60,7 @@ def observe(
     address: str = "",
     user_agent: str = "",
     instructions: str = "",
+    refused: bool = False,
     secret: bytes = _SECRET,
 ) -> Observation:
     """What is remembered of a request.
@@ -91,6 +94,7 @@ def observe(
         elicits_reasoning=asks_for_reasoning(f"{_ends(instructions)}\n{_ends(text)}"),
         ip_hash=_hashed(secret, "address", [address]),
         user_agent_hash=_hashed(secret, "agent", [user_agent]),
+        refused=refused,
     )
 
 

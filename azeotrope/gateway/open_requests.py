@@ -6,6 +6,7 @@ import secrets
 from collections.abc import Coroutine
 from typing import Any
 
+from azeotrope.gateway.database import StoreError
 from azeotrope.gateway.ledger import Ledger
 from azeotrope.gateway.quotas import Limits, Refusal, Standing
 
@@ -80,7 +81,11 @@ class OpenRequests:
             if not self._written:
                 return
             written = dict(self._written)
-            await asyncio.to_thread(self._ledger.progress, self.owner, written, lease_s=LEASE_S)
+            try:
+                await asyncio.to_thread(self._ledger.progress, self.owner, written, lease_s=LEASE_S)
+            except StoreError as error:
+                # The lease is longer than a beat: the next one may be in time still.
+                logger.warning("the ledger did not hear of open requests: %s", error)
 
     def _spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         task = asyncio.get_running_loop().create_task(work)

@@ -79,6 +79,17 @@ class Extraction(Config):
     )
 
 
+class Audit(Config):
+    """What becomes of the decisions that were written down."""
+
+    retention_days: int | None = Field(
+        default=90,
+        ge=1,
+        description="older files of the audit log are removed when a gateway starts and once a "
+        "day after; null keeps all",
+    )
+
+
 class Policy(Config):
     """All rules of one gateway."""
 
@@ -91,6 +102,7 @@ class Policy(Config):
         min_length=1,
     )
     extraction: Extraction = Field(default_factory=Extraction)
+    audit: Audit = Field(default_factory=Audit)
     in_flight: int = Field(
         default=128,
         ge=1,

@@ -205,10 +205,12 @@ class Gateway:
         try:
             request = parse(kind, await self._body(read))
             engine = self._engine(key, request.model)
-            planned = await self.plan(key, request)
-            self._suspicion.look(
-                key.account, self._observe(request, planned, headers, address), key=key.id
-            )
+            try:
+                planned = await self.plan(key, request)
+            except ApiError:
+                self._look(key, request, headers, address)
+                raise
+            self._look(key, request, headers, address, planned=planned)
             return await self.reserve(key, request, planned, engine)
         except ApiError as error:
             self.log.write(
@@ -305,20 +307,40 @@ class Gateway:
             deadline=asyncio.get_running_loop().time() + self.policy.timeout_s,
         )
 
-    def _observe(
-        self, request: Sampled, planned: Plan, headers: Mapping[str, str], address: str
-    ) -> extraction.Observation:
-        return extraction.observe(
+    def _look(
+        self,
+        key: KeyRecord,
+        request: Sampled,
+        headers: Mapping[str, str],
+        address: str,
+        *,
+        planned: Plan | None = None,
+    ) -> None:
+        """Show a request to the score of extraction patterns.
+
+        Args:
+            planned: None if the key's tier refuses the request.
+
+        Raises:
+            ApiError: 403 if the key is suspended.
+        """
+        logprobs, bans = request.asked_logprobs is not None, bool(request.logit_bias)
+        if planned is None and not (logprobs or bans):
+            # Refusals cost nothing: by others a thief could push his own requests out of sight.
+            return
+        observation = extraction.observe(
             request.texts[-1],
             at=time.time(),
             max_tokens=request.most_tokens,
-            temperature=planned.requests[0].temperature,
-            logprobs=request.asked_logprobs is not None,
-            bans=bool(request.logit_bias),
+            temperature=planned.requests[0].temperature if planned else request.temperature or 0.0,
+            logprobs=logprobs,
+            bans=bans,
             address=address,
             user_agent=headers.get("user-agent", ""),
             instructions="\n".join(request.texts[:-1]),
+            refused=planned is None,
         )
+        self._suspicion.look(key.account, observation, key=key.id)
 
     # How it is answered ------------------------------------------------------------------
 

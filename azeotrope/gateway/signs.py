@@ -137,7 +137,8 @@ def probing(seen: Sequence[Observation]) -> Measured:
     """Share that asks for log-probabilities of long answers, of repeated prompts, or beside bans.
 
     A label with its probability, once for each row of a table, is the common honest use and does
-    not count. Bans move probability to the next tokens, as in arXiv:2403.06634.
+    not count. Bans move probability to the next tokens, as in arXiv:2403.06634. Who asks for
+    either and is refused was told that he gets none, and counts each time he asks again.
     """
     times = Counter(item.prompt for item in seen)
     bans = any(item.used_bans for item in seen)
@@ -145,7 +146,9 @@ def probing(seen: Sequence[Observation]) -> Measured:
         item.used_bans
         or (
             item.asked_logprobs
-            and (bans or times[item.prompt] > 2 or (item.max_tokens or LONG) >= LONG)
+            and (
+                item.refused or bans or times[item.prompt] > 2 or (item.max_tokens or LONG) >= LONG
+            )
         )
         for item in seen
     )
@@ -158,7 +161,8 @@ def repetition(seen: Sequence[Observation]) -> Measured:
     It counts in full for ten prompts repeated or 600 repetitions an hour; a health check is one
     prompt, and asks at most every 30 seconds.
     """
-    times = Counter(item.prompt for item in seen if item.temperature > 0)
+    # A refused request sampled nothing.
+    times = Counter(item.prompt for item in seen if item.temperature > 0 and not item.refused)
     repeated = [count for count in times.values() if count > 1]
     again = sum(repeated) - len(repeated)
     pace = again / _span(seen) * HOUR

@@ -221,6 +221,36 @@ def test_who_collects_reasoning_is_noted_throttled_or_blocked(
     assert (answer.status_code, answer.headers["x-ratelimit-limit-requests"]) == (200, "600")
 
 
+@pytest.mark.parametrize("action", ["observe", "block"])
+def test_who_keeps_asking_for_numbers_that_he_does_not_get_is_seen(
+    action: str, gateway_factory: Any
+) -> None:
+    rules = Extraction(action=action, threshold=0.3, every=EVERY)  # type: ignore[arg-type]
+    gateway: Gateway = gateway_factory(Policy(extraction=rules))
+    record, token = gateway.keys.create("prober")
+    probe = asked(logprobs=True, messages=[{"role": "user", "content": "secret words"}])
+    answers = send(gateway, [Call(CHAT, token, probe)] * (EVERY + 1), at_once=1)
+    statuses = [answer.status_code for answer in answers]
+    last = 403 if action == "block" else 400
+    assert statuses == [400] * (EVERY - 1) + [last, last]
+    assert len(decisions(gateway, "refused")) == len(answers)
+    (line,) = decisions(gateway, "extraction")
+    assert (line["key"], line["action"]) == (record.id, action)
+    assert "20 of 20 requests probe log-probabilities" in line["reasons"][0]
+    kept = "".join(path.read_text() for path in gateway.log.folder.iterdir())
+    assert "secret words" not in kept
+
+
+def test_other_refusals_do_not_hide_what_a_key_asks(gateway_factory: Any) -> None:
+    """They are free: in the window they would push out what was answered."""
+    rules = Extraction(threshold=0.3, every=EVERY)
+    gateway: Gateway = gateway_factory(Policy(extraction=rules))
+    _, token = gateway.keys.create("alice")
+    send(gateway, [Call(CHAT, token, asked(n=99))] * (EVERY + 1), at_once=1)
+    assert decisions(gateway, "extraction") == []
+    assert len(gateway._suspicion._watch) == 0
+
+
 # What cannot be asked or written ---------------------------------------------------------------
 
 
@@ -279,6 +309,19 @@ def _is_taken(ask: openai.OpenAI) -> bool:
     except openai.AuthenticationError:
         return False
     return True
+
+
+def test_old_decisions_are_removed_when_a_gateway_starts(
+    gateway_factory: Any, live_server: Server
+) -> None:
+    gateway: Gateway = gateway_factory()
+    old = gateway.log.folder / "audit-2020-01-01-7.jsonl"
+    old.write_text("")
+    live_server(create_app(gateway))
+    until = time.monotonic() + WAIT_S
+    while old.exists():
+        assert time.monotonic() < until, "the old file is still there"
+        time.sleep(POLL_S)
 
 
 def test_metrics_name_no_key_and_no_word(gateway_factory: Any) -> None:

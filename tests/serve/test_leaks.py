@@ -98,6 +98,24 @@ def test_the_audit_finds_nothing(
     assert made.defended.asked != {}
 
 
+def test_an_audit_says_what_it_has_not_seen(
+    guarded: Callable[..., Guarded], live_server: Callable[[FastAPI], str]
+) -> None:
+    """A tier that takes no temperature of 0 is audited all the same; a key of one route is not."""
+    made = guarded(Policy(tiers={"careful": wide(temperature=(0.3, 1.0))}))
+    url = live_server(create_app(made.gateway))
+    found = {item.probe: item for item in audit.audit(f"{url}/v1", made.keys["careful"])}
+    assert {item.outcome for item in found.values()} == {"held"}
+    for stream in ("stream", "completions: stream"):
+        assert found[stream].seen == "nothing but text"
+    assert found["chat: echo"].seen == "refused with 422"
+    _, token = made.gateway.keys.create("chat alone", tier="careful", features=["chat"])
+    found = {item.probe: item for item in audit.audit(f"{url}/v1", token)}
+    assert found["chat: echo"].outcome == "held"
+    assert found["echo"].outcome == found["completions: stream"].outcome == "unclear"
+    assert "403" in found["echo"].seen
+
+
 # Fields ----------------------------------------------------------------------------------------
 
 

@@ -360,6 +360,10 @@ def test_signs_by_hand() -> None:
     banned = ask("x", START, bans=True, max_tokens=1)
     assert share(signs.probing([*label, banned])) == pytest.approx(11 / 26)
     assert share(signs.probing([ask(str(i), START, logprobs=True) for i in range(10)])) == 0.4
+    # A label that is refused was asked for all the same; what is refused is not sampled.
+    refused = [ask("b", START + i, logprobs=True, max_tokens=1, refused=True) for i in range(10)]
+    assert share(signs.probing([*label, *refused])) == pytest.approx(10 / 35)
+    assert share(signs.repetition(refused)) == 0
     # Twelve parts with one request each: no spread at all, over eleven hours.
     even = [ask("a", START + i * HOUR) for i in range(12)]
     assert share(signs.steadiness(even)) == pytest.approx(12 / 27)
