@@ -148,7 +148,7 @@ class _Rows:
 
 
 def _record(row: Sequence[object]) -> KeyRecord:
-    values = dict(zip(_COLUMNS.split(", "), row, strict=True))
+    values: dict[str, object] = dict(zip(_COLUMNS.split(", "), row, strict=True))
     # A process of an earlier version that is still running adds keys without one.
     values["account"] = values["account"] or values["id"]
     return KeyRecord.of(values)
