@@ -6,8 +6,8 @@ Not covered here, and why:
 - vLLM on a GPU: its second generation of logits processors is driven with stand-ins, and the vLLM
   0.29 that goes with a GPU was not run. Where vLLM is not installed its tests skip;
   `make test-vllm` runs them.
-- A cluster of Redis: the ledger is tested on an imitation, and on one real server where there is
-  one.
+- A cluster of Redis: keys and quotas are tested on an imitation, and on one real server where there
+  is one.
 - Several machines: `tests/ray` uses one machine, which finds faults of scheduling and recovery, but
   none of networks or of file systems that are not shared.
 - Downloads: no test needs a network, so models and data sets of a hub are never read.

@@ -13,7 +13,7 @@ from azeotrope import models
 from azeotrope.attribution import Verdict, attribute
 from azeotrope.config import ConfigError
 from azeotrope.defenses.watermark import Config as WatermarkConfig
-from azeotrope.gateway.key_store import KeyRecord
+from azeotrope.gateway.key_records import KeyRecord
 from workflows.keys import existing_keys
 from workflows.points import Point, find_point
 

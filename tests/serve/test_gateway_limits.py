@@ -140,6 +140,31 @@ def _id(gateway: Gateway, name: str) -> str:
     return found
 
 
+@pytest.mark.parametrize(
+    ("limits", "said"),
+    [({"requests_per_minute": 1}, "requests"), ({"tokens_per_day": 30}, "day")],
+)
+def test_a_rotated_key_is_the_customer_of_the_old_one(
+    limits: dict[str, int], said: str, gateway_factory: Any, settled_usage: Any
+) -> None:
+    gateway: Gateway = gateway_factory(Policy(tiers={"standard": Tier(**limits)}))
+    old, old_token = gateway.keys.create("alice")
+    new, new_token = gateway.keys.rotate(old.id, overlap_s=60.0)
+    _, other = gateway.keys.create("bob")
+    (answer,) = send(gateway, [Call(CHAT, old_token, asked())])
+    assert answer.status_code == 200
+    for token in (new_token, old_token):
+        (refused,) = send(gateway, [Call(CHAT, token, asked())])
+        assert refused.status_code == 429
+        assert said in refused.json()["error"]["message"]
+    (answer,) = send(gateway, [Call(CHAT, other, asked())])
+    assert answer.status_code == 200
+    rows = [row for row in settled_usage(gateway) if row.key in (old.id, new.id)]
+    assert [(row.key, row.requests) for row in rows] == [(old.id, 1)]
+    lines = [line for line in decisions(gateway, "refused") if line["account"] == old.id]
+    assert [line["key"] for line in lines] == [new.id, old.id]
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_full_queue_is_told_before_the_first_token(
     stream: bool, gateway_factory: Any, teacher: Loaded, settled_usage: Any
@@ -212,7 +237,7 @@ def test_who_collects_reasoning_is_noted_throttled_or_blocked(
         assert statuses == {200}
         assert limits == {"600" if action == "observe" else "60"}
     (line,) = decisions(gateway, "extraction")
-    assert (line["key"], line["action"]) == (record.id, action)
+    assert (line["key"], line["account"], line["action"]) == (record.id, record.id, action)
     assert line["score"] >= 0.3
     assert any("reasoning" in reason for reason in line["reasons"])
     # Words of the requests are not in the log, and other keys go on as before.
@@ -322,6 +347,26 @@ def test_old_decisions_are_removed_when_a_gateway_starts(
     while old.exists():
         assert time.monotonic() < until, "the old file is still there"
         time.sleep(POLL_S)
+
+
+def test_a_key_of_an_unknown_tier_is_told_to_the_operator_once(
+    gateway_factory: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    gateway: Gateway = gateway_factory(Policy(tiers={"standard": Tier()}))
+    lost, token = gateway.keys.create("lost", tier="gold")
+    other, other_token = gateway.keys.create("other", tier="silver")
+    calls = [Call(CHAT, name, asked()) for name in (token, token, other_token, "az-nobody")]
+    answers = send(gateway, calls)
+    assert {answer.status_code for answer in answers} == {401}
+    # Its owner learns no more than a stranger.
+    assert len({answer.text for answer in answers}) == 1
+    said = [entry.getMessage() for entry in caplog.records if "no tier" in entry.getMessage()]
+    assert sorted(said) == sorted(
+        f"key {key.id} is refused: the policy has no tier {key.tier!r}" for key in (lost, other)
+    )
+    gateway.apply(Policy(tiers={"gold": Tier()}))
+    (answer,) = send(gateway, [Call(CHAT, token, asked())])
+    assert answer.status_code == 200
 
 
 def test_metrics_name_no_key_and_no_word(gateway_factory: Any) -> None:

@@ -1,21 +1,28 @@
 """What cannot be served is refused in one line, before anything starts; the rest builds."""
 
 import importlib.util
+import io
 import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
+import redis
 import yaml
 from ray.serve import Application
 from ray.serve.schema import ServeDeploySchema
+from rich.console import Console
 
+from actors.gateway import METRICS
 from azeotrope import models
 from azeotrope.config import ConfigError, write_json
 from azeotrope.config import build as build_config
 from azeotrope.config import load as load_config
 from azeotrope.defenses.watermark import PUBLIC_KEY
+from azeotrope.gateway.keys import KEYS_FILE
 from azeotrope.gateway.policy import Policy
+from azeotrope.gateway.redis_ledger import RedisLedger
+from azeotrope.gateway.stores import open_keys, open_ledger
 from workflows import endpoint, serve
 from workflows.points import POINTS, Point
 
@@ -199,6 +206,58 @@ def test_a_written_file_is_one_that_serve_deploys_and_builds(tmp_path: Path) -> 
     engine = bound(serve.build(args), "Defended")
     assert engine._deployment_config.autoscaling_config.max_replicas == 4
     assert engine._deployment_config.graceful_shutdown_timeout_s == 30 + serve.DRAIN_S
+
+
+def test_a_written_file_names_the_store_and_does_not_open_it(
+    tmp_path: Path, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "serve.yaml"
+
+    def written(*overrides: str, redis: str | None = None) -> dict[str, Any]:
+        overrides = ("engine=transformers", *overrides)
+        endpoint.main("pocket/teacher", list(overrides), None, str(file), redis)
+        return yaml.safe_load(file.read_text())["applications"][0]["args"]
+
+    assert written()["store"] == str(store)
+    assert written("store=mine")["store"] == str(tmp_path / "mine")
+    # Only whoever serves needs to reach it.
+    assert written(redis="redis://db.example:6379")["redis"] == "redis://db.example:6379"
+    assert written("redis=null", redis="redis://db.example:6379")["redis"] is None
+    assert not store.exists()
+    assert not (tmp_path / "mine").exists()
+
+
+def test_with_redis_keys_and_quotas_are_there(store: Path, redis_url: str) -> None:
+    redis.Redis.from_url(redis_url).flushall()
+    app = serve.build(config("engine=transformers", f"redis={redis_url}"))
+    assert bound(app, "Gateway").init_args[0]["redis"] == redis_url
+    _, token = open_keys(store, redis_url).create("ada")
+    assert open_keys(store, redis_url, must_exist=True).find(token) is not None
+    assert isinstance(open_ledger(store, redis_url), RedisLedger)
+    assert not (store / KEYS_FILE).exists()
+    assert (store / METRICS).is_dir()
+
+
+def test_the_start_says_which_keys_the_policy_refuses(store: Path) -> None:
+    keys = open_keys(store)
+    said = announced(config())
+    assert "there is no key yet" in said
+    keys.create("ada")
+    lost, _ = keys.create("lost", tier="[bold]gold")
+    ended, _ = keys.create("ended", tier="lead")
+    keys.revoke(ended.id)
+    said = announced(config())
+    assert "no key yet" not in said
+    assert [line for line in said.splitlines() if "is refused" in line] == [
+        f"key {lost.id} is refused: the policy has no tier '[bold]gold'"
+    ]
+
+
+def announced(settings: serve.ServeConfig) -> str:
+    console = Console(file=io.StringIO(), record=True)
+    endpoint._announce(console, settings, Point(defense="none", checkpoint="x"), 1.0)
+    return console.export_text()
 
 
 def test_serve_build_finds_an_application_by_name(
