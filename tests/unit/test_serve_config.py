@@ -13,7 +13,6 @@ from ray.serve import Application
 from ray.serve.schema import ServeDeploySchema
 from rich.console import Console
 
-from actors.gateway import METRICS
 from azeotrope import models
 from azeotrope.config import ConfigError, write_json
 from azeotrope.config import build as build_config
@@ -56,7 +55,7 @@ def bound(app: Application, name: str) -> Any:
         (["engines.least=0"], "engines.least"),
         (["ports=1"], r"unknown key 'ports'; allowed: .*, policy, port, "),
         (["engines.some=1"], r"unknown key 'engines.some'; allowed: least, most$"),
-        (["policy.tier=1"], r"unknown key 'policy.tier'; allowed: extraction, .*, tiers, "),
+        (["policy.tier=1"], r"unknown key 'policy.tier'; allowed: audit, extraction, .*, tiers, "),
         (["engine=llama"], "engine: .*'auto', 'vllm' or 'transformers'"),
         (["port=70000"], r"port: .*got 70000"),
         (["decoding=[{name: doge}]"], "doge is no defense of stage decoding"),
@@ -131,7 +130,10 @@ def test_a_public_dashboard_needs_a_token(monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("tier: {}", r"unknown key 'tier'; allowed: extraction, in_flight, .*, tiers, timeout_s"),
+        (
+            "tier: {}",
+            r"unknown key 'tier'; allowed: audit, extraction, in_flight, .*, tiers, timeout_s",
+        ),
         (
             "tiers: {standard: {logprob: topk}}",
             r"unknown key 'tiers.standard.logprob'; allowed: bans, .*, logprobs, .*, top_k, top_p$",
@@ -236,7 +238,6 @@ def test_with_redis_keys_and_quotas_are_there(store: Path, redis_url: str) -> No
     assert open_keys(store, redis_url, must_exist=True).find(token) is not None
     assert isinstance(open_ledger(store, redis_url), RedisLedger)
     assert not (store / KEYS_FILE).exists()
-    assert (store / METRICS).is_dir()
 
 
 def test_the_start_says_which_keys_the_policy_refuses(store: Path) -> None:
