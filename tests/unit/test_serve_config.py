@@ -132,7 +132,7 @@ def test_a_public_dashboard_needs_a_token(monkeypatch: pytest.MonkeyPatch) -> No
     [
         (
             "tier: {}",
-            r"unknown key 'tier'; allowed: audit, extraction, in_flight, .*, tiers, timeout_s",
+            r"unknown key 'tier'; allowed: audit, .*, tiers, timeout_s",
         ),
         (
             "tiers: {standard: {logprob: topk}}",
