@@ -14,11 +14,12 @@ from actors.engine import RemoteEngine
 from azeotrope import models
 from azeotrope.config import Config
 from azeotrope.defenses import base as defenses
+from azeotrope.gateway.admitted import Model
 from azeotrope.gateway.app import create_app
 from azeotrope.gateway.audit_log import AuditLog
 from azeotrope.gateway.metrics import SHARED
 from azeotrope.gateway.policy import Policy
-from azeotrope.gateway.service import Gateway, Model
+from azeotrope.gateway.service import Gateway
 from azeotrope.gateway.stores import open_keys, open_ledger
 from azeotrope.tasks import TaskConfig
 from azeotrope.tokens import Boundary, decode

@@ -13,6 +13,7 @@ from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 
 from azeotrope import __version__
+from azeotrope.gateway.admitted import Admitted
 from azeotrope.gateway.audit_log import AuditLogError
 from azeotrope.gateway.database import StoreError
 from azeotrope.gateway.errors import ApiError
@@ -20,7 +21,7 @@ from azeotrope.gateway.refusals import store_failed
 from azeotrope.gateway.requests import ChatRequest, CompletionRequest, Sampled
 from azeotrope.gateway.responses import Said, usage
 from azeotrope.gateway.retention import keep_for
-from azeotrope.gateway.service import Admitted, Gateway
+from azeotrope.gateway.service import Gateway
 
 _REFERENCE = "#/components/schemas/{model}"
 _BEARER = {"key": {"type": "http", "scheme": "bearer"}}
@@ -146,6 +147,7 @@ _REFUSALS = {
     "401": "no valid key",
     "403": "the key may not do this",
     "404": "no such model",
+    "408": "the body did not arrive in time",
     "413": "the body is too large",
     "422": "a field is unknown",
     "429": "a quota is used up",

@@ -28,6 +28,16 @@ def suspended() -> ApiError:
     )
 
 
+def crowded() -> ApiError:
+    return ApiError(
+        429,
+        "this key's limit of completions at once is reached; try again later",
+        kind="rate_limit_error",
+        code="rate_limit_exceeded",
+        headers={"retry-after": "1"},
+    )
+
+
 def over_quota(refusal: Refusal) -> ApiError:
     names = {
         "requests": "requests a minute",

@@ -11,14 +11,13 @@ import hmac
 import logging
 import secrets
 import time
+from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
-from dataclasses import dataclass, field
 
-from transformers import PreTrainedTokenizerBase
-
-from azeotrope.defenses.base import Defense
-from azeotrope.gateway import answering, beginning, extraction
+from azeotrope.gateway import answering, beginning
+from azeotrope.gateway.admitted import UNDEFENDED, Admitted, Model
 from azeotrope.gateway.audit_log import AuditLog
+from azeotrope.gateway.callers import Callers, no_key
 from azeotrope.gateway.engine import Engine, EngineBusyError, EngineError, EngineRequest
 from azeotrope.gateway.errors import ApiError
 from azeotrope.gateway.key_records import KeyRecord
@@ -29,54 +28,16 @@ from azeotrope.gateway.open_requests import OpenRequests
 from azeotrope.gateway.plan import Plan, plan
 from azeotrope.gateway.policy import Policy, Tier
 from azeotrope.gateway.quotas import Limits, Refusal, Standing
-from azeotrope.gateway.refusals import over_quota, overloaded, rate_headers
+from azeotrope.gateway.refusals import crowded, over_quota, overloaded, rate_headers
 from azeotrope.gateway.requests import ChatRequest, Sampled, parse
-from azeotrope.gateway.responses import ChatFormat, CompletionFormat, Format, Numbers, Said
+from azeotrope.gateway.responses import ChatFormat, CompletionFormat, Numbers, Said
 from azeotrope.gateway.suspicion import Suspicion
 from azeotrope.gateway.writing import Writer
-from azeotrope.tokens import Boundary
 from azeotrope.vocabulary import token_rows
 
 logger = logging.getLogger(__name__)
 BODY_S = 10.0
 """In which a request's body must be here."""
-UNDEFENDED = ":undefended"
-"""Ends the name of the licensed model."""
-
-
-@dataclass(frozen=True)
-class Model:
-    """What is served, under which name."""
-
-    name: str
-    tokenizer: PreTrainedTokenizerBase
-    context: int
-    """Tokens that prompt and completion may have together."""
-    engine: Engine
-    undefended: Engine | None = None
-    """The clean teacher: for keys with a distillation licence, and for the marked demonstration."""
-    boundary: Boundary = field(default_factory=Boundary)
-    rewriting: tuple[Defense, ...] = ()
-    """Text-stage defenses, in order. They need the whole answer, so it does not stream."""
-
-
-@dataclass(frozen=True)
-class Admitted:
-    """A request that may be answered: its quota is reserved."""
-
-    id: str
-    key: KeyRecord
-    tier: Tier
-    plan: Plan
-    engine: Engine
-    undefended: bool
-    format: Format
-    stream: bool
-    wants_usage: bool
-    stops: tuple[str, ...]
-    headers: Mapping[str, str]
-    deadline: float
-    """On the event loop's clock."""
 
 
 class Gateway:
@@ -104,13 +65,13 @@ class Gateway:
         self._ready = ready
         self._vocabulary = token_rows(model.tokenizer)
         self._secret = keys.secret()
-        self._arriving = 0
-        self._warned: set[str] = set()
+        self._callers = Callers(keys, self.metrics)
+        self._arriving: Counter[str] = Counter()
 
     def apply(self, policy: Policy) -> None:
         """New rules, for requests from now on."""
         self.policy = policy
-        self._warned.clear()
+        self._callers.forget_warnings()
         self._suspicion.rules = policy.extraction
 
     # Who asks ----------------------------------------------------------------------------
@@ -124,38 +85,7 @@ class Gateway:
             ApiError: 401 for a key that is missing, unknown, revoked or expired, in the same words
                 for all; 403 for one that may not use this endpoint.
         """
-        scheme, _, token = headers.get("authorization", "").partition(" ")
-        found = None
-        if scheme.lower() == "bearer" and token.strip():
-            found = await asyncio.to_thread(self.keys.find, token.strip())
-        if found is not None and found.tier not in self.policy.tiers:
-            self._warn_of_tier(found)
-            found = None
-        if found is None:
-            self.metrics.refused("key")
-            raise ApiError(
-                401,
-                "a valid API key is needed: Authorization: Bearer KEY",
-                kind="authentication_error",
-                code="invalid_api_key",
-                headers={"www-authenticate": "Bearer"},
-            )
-        if feature is not None and feature not in found.features:
-            self.metrics.refused("scope")
-            raise ApiError(
-                403,
-                f"this key may not use {feature}; its scopes: {', '.join(found.features)}",
-                kind="permission_error",
-                code="insufficient_scope",
-            )
-        return found
-
-    def _warn_of_tier(self, key: KeyRecord) -> None:
-        """Tell the operator, once for each key and policy, what its owner is not told."""
-        if key.id in self._warned:
-            return
-        self._warned.add(key.id)
-        logger.warning("key %s is refused: the policy has no tier %r", key.id, key.tier)
+        return await self._callers.identify(headers, self.policy.tiers, feature)
 
     def models(self, key: KeyRecord) -> list[str]:
         """The names a key can ask for. Nobody else learns that there is an undefended model."""
@@ -179,6 +109,12 @@ class Gateway:
             raise ApiError(403, "this key has no such licence", kind="permission_error")
         return self.model.undefended
 
+    def _tier(self, key: KeyRecord) -> Tier:
+        # The policy may have changed since the key was looked at.
+        if key.tier not in self.policy.tiers:
+            raise no_key()
+        return self.policy.tiers[key.tier]
+
     # What they may have ------------------------------------------------------------------
 
     async def admit(
@@ -198,19 +134,23 @@ class Gateway:
             ApiError: with the reason, in OpenAI's shape.
         """
         key = await self.authenticate(headers, "chat" if kind is ChatRequest else "completions")
-        if len(self.open) + self._arriving >= self.policy.in_flight:
+        if len(self.open) + self._arriving.total() >= self.policy.in_flight:
             self.metrics.refused("load")
             raise overloaded()
-        self._arriving += 1
+        # One key alone must not fill the door with bodies that do not come.
+        if self._arriving[key.account] >= self._tier(key).concurrency:
+            self.metrics.refused("quota")
+            raise crowded()
+        self._arriving[key.account] += 1
         try:
             request = parse(kind, await self._body(read))
             engine = self._engine(key, request.model)
             try:
                 planned = await self.plan(key, request)
             except ApiError:
-                self._look(key, request, headers, address)
+                self._suspicion.see(key, request, headers, address)
                 raise
-            self._look(key, request, headers, address, planned=planned)
+            self._suspicion.see(key, request, headers, address, planned=planned)
             return await self.reserve(key, request, planned, engine)
         except ApiError as error:
             self.log.write(
@@ -221,7 +161,7 @@ class Gateway:
             )
             raise
         finally:
-            self._arriving -= 1
+            self._arriving -= Counter([key.account])
 
     async def _body(self, read: Callable[[int], Awaitable[bytes]]) -> bytes:
         # A place is held meanwhile, and whoever sends a byte a minute would hold many.
@@ -242,7 +182,7 @@ class Gateway:
         return await asyncio.to_thread(
             plan,
             request,
-            self.policy.tiers[key.tier],
+            self._tier(key),
             self.model.tokenizer,
             identity=secrets.token_hex(12),
             context=self.model.context,
@@ -259,7 +199,7 @@ class Gateway:
         Raises:
             ApiError: 429 with Retry-After and the limits.
         """
-        tier = self.policy.tiers[key.tier]
+        tier = self._tier(key)
         undefended = engine is not self.model.engine
         # First of all: what cannot be written down is not answered.
         self._write(key, "asked", planned, undefended=undefended)
@@ -306,41 +246,6 @@ class Gateway:
             headers={"x-request-id": planned.identity, **rate_headers(standing)},
             deadline=asyncio.get_running_loop().time() + self.policy.timeout_s,
         )
-
-    def _look(
-        self,
-        key: KeyRecord,
-        request: Sampled,
-        headers: Mapping[str, str],
-        address: str,
-        *,
-        planned: Plan | None = None,
-    ) -> None:
-        """Show a request to the score of extraction patterns.
-
-        Args:
-            planned: None if the key's tier refuses the request.
-
-        Raises:
-            ApiError: 403 if the key is suspended.
-        """
-        logprobs, bans = request.asked_logprobs is not None, bool(request.logit_bias)
-        if planned is None and not (logprobs or bans):
-            # Refusals cost nothing: by others a thief could push his own requests out of sight.
-            return
-        observation = extraction.observe(
-            request.texts[-1],
-            at=time.time(),
-            max_tokens=request.most_tokens,
-            temperature=planned.requests[0].temperature if planned else request.temperature or 0.0,
-            logprobs=logprobs,
-            bans=bans,
-            address=address,
-            user_agent=headers.get("user-agent", ""),
-            instructions="\n".join(request.texts[:-1]),
-            refused=planned is None,
-        )
-        self._suspicion.look(key.account, observation, key=key.id)
 
     # How it is answered ------------------------------------------------------------------
 

@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.requests import Request
 
 from azeotrope import tasks
+from azeotrope.gateway.admitted import Admitted
 from azeotrope.gateway.engine import Engine, Finish
 from azeotrope.gateway.errors import ApiError
 from azeotrope.gateway.key_records import KeyRecord
@@ -27,7 +28,7 @@ from azeotrope.gateway.policy import Tier
 from azeotrope.gateway.refusals import overloaded
 from azeotrope.gateway.requests import ChatMessage, ChatRequest
 from azeotrope.gateway.responses import Said
-from azeotrope.gateway.service import Admitted, Gateway
+from azeotrope.gateway.service import Gateway
 from azeotrope.tasks import Problem, Task, TaskConfig
 
 MOST_PROBLEMS = 12

@@ -3,11 +3,17 @@
 A customer is an account: a key and all that it was rotated to.
 """
 
+import time
+from collections.abc import Mapping
+
 from azeotrope.gateway import extraction
 from azeotrope.gateway.audit_log import AuditLog
+from azeotrope.gateway.key_records import KeyRecord
 from azeotrope.gateway.metrics import Metrics
+from azeotrope.gateway.plan import Plan
 from azeotrope.gateway.policy import Extraction
 from azeotrope.gateway.refusals import suspended
+from azeotrope.gateway.requests import Sampled
 
 
 class Suspicion:
@@ -25,6 +31,41 @@ class Suspicion:
     def share(self, account: str) -> float:
         """Of its quotas that an account keeps: 1 unless it is throttled."""
         return self._shares.get(account, 1.0)
+
+    def see(
+        self,
+        key: KeyRecord,
+        request: Sampled,
+        headers: Mapping[str, str],
+        address: str,
+        *,
+        planned: Plan | None = None,
+    ) -> None:
+        """Show a request to the score of extraction patterns.
+
+        Args:
+            planned: None if the key's tier refuses the request.
+
+        Raises:
+            ApiError: 403 if the key is suspended.
+        """
+        logprobs, bans = request.asked_logprobs is not None, bool(request.logit_bias)
+        if planned is None and not (logprobs or bans):
+            # Refusals cost nothing: by others a thief could push his own requests out of sight.
+            return
+        observation = extraction.observe(
+            request.texts[-1],
+            at=time.time(),
+            max_tokens=request.most_tokens,
+            temperature=planned.requests[0].temperature if planned else request.temperature or 0.0,
+            logprobs=logprobs,
+            bans=bans,
+            address=address,
+            user_agent=headers.get("user-agent", ""),
+            instructions="\n".join(request.texts[:-1]),
+            refused=planned is None,
+        )
+        self.look(key.account, observation, key=key.id)
 
     def look(self, account: str, observation: extraction.Observation, *, key: str) -> None:
         """Note a request; every so many of an account, look at them together.

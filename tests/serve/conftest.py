@@ -91,11 +91,12 @@ def gateway_factory(
 ) -> Iterator[GatewayFactory]:
     """Makes gateways; see the top of this file."""
     from azeotrope import models
+    from azeotrope.gateway.admitted import Model
     from azeotrope.gateway.audit_log import AuditLog
     from azeotrope.gateway.keys import KeyStore
     from azeotrope.gateway.ledger import SqliteLedger
     from azeotrope.gateway.policy import Policy
-    from azeotrope.gateway.service import Gateway, Model
+    from azeotrope.gateway.service import Gateway
 
     made: list[Gateway] = []
     default = engine

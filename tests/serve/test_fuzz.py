@@ -43,7 +43,9 @@ _PLACES = {
     "choices": {"index", "message", "delta", "text", "logprobs", "finish_reason"},
     "choices.message": {"role", "content", "refusal"},
     "choices.delta": {"role", "content"},
-    "choices.logprobs": {"content", "refusal", "tokens", "token_logprobs", "top_logprobs"},
+    "choices.logprobs": {
+        *("content", "refusal", "tokens", "token_logprobs", "top_logprobs", "text_offset"),
+    },
     "choices.logprobs.content": {"token", "bytes", "logprob", "top_logprobs"},
     "choices.logprobs.content.top_logprobs": {"token", "bytes", "logprob"},
 }

@@ -18,11 +18,12 @@ from witness import Call, Recording, Reference, check, check_refusal, choices, d
 
 from azeotrope import models, tasks
 from azeotrope.gateway import audit, engine_fields, probes
+from azeotrope.gateway.admitted import UNDEFENDED
 from azeotrope.gateway.app import create_app
 from azeotrope.gateway.engine import Engine
 from azeotrope.gateway.policy import Policy, Tier
 from azeotrope.gateway.requests import ChatRequest, CompletionRequest
-from azeotrope.gateway.service import UNDEFENDED, Gateway
+from azeotrope.gateway.service import Gateway
 from azeotrope.models import Loaded
 from azeotrope.subspace import (
     ModelOracle,

@@ -31,6 +31,8 @@ CLIENTS = 64
 PROBLEMS = 48
 LOAD_S = float(os.environ.get("AZEOTROPE_LOAD_S", "8"))
 ENGINE = os.environ.get("AZEOTROPE_ENGINE", "transformers")
+DEATH_S = 8.0
+"""Of load around a death."""
 LEASE_S = 20.0
 AT_ONCE_S = 10.0
 """After a replica's death, on a machine that is busy with the load."""
@@ -232,7 +234,7 @@ def test_a_killed_replica_takes_only_its_own_streams_with_it(
 
     killer = threading.Timer(2.0, kill)
     killer.start()
-    outcomes = asyncio.run(load(endpoint, key, references, max(6.0, LOAD_S)))
+    outcomes = asyncio.run(load(endpoint, key, references, DEATH_S))
     killer.join()
     whole = [item for item in outcomes if item.status == 200 and not item.error]
     assert len(whole) >= CLIENTS
