@@ -7,12 +7,15 @@ from rich.table import Table
 from rich.text import Text
 
 from azeotrope.config import ConfigError
+from azeotrope.gateway.key_records import UNDEFENDED
 from azeotrope.gateway.stores import open_ledger
 from workflows.keys import default_store, existing_keys
 
 
 def main(key: str | None, store: Path | None, redis: str | None = None) -> None:
     """Print a table of requests and tokens; the keys of one customer share a row.
+
+    What a licence took of the undefended teacher has a row of its own.
 
     Args:
         key: the id of any key of one customer; None shows all.
@@ -35,8 +38,12 @@ def main(key: str | None, store: Path | None, redis: str | None = None) -> None:
     table.add_column("name", overflow="fold")
     for column in ("requests", "prompt tokens", "completion tokens", "open"):
         table.add_column(column, justify="right")
-    for row in ledger.usage(None if key is None else accounts[key]):
+    wanted = None if key is None else {accounts[key], accounts[key] + UNDEFENDED}
+    for row in ledger.usage():
+        if wanted is not None and row.key not in wanted:
+            continue
         counts = (row.requests, row.prompt_tokens, row.completion_tokens, row.open_requests)
-        cells = (str(row.day), row.key, names.get(row.key, ""), *(f"{count:,}" for count in counts))
+        name = names.get(row.key.removesuffix(UNDEFENDED), "")
+        cells = (str(row.day), row.key, name, *(f"{count:,}" for count in counts))
         table.add_row(*(Text(cell) for cell in cells))
     Console().print(table)

@@ -13,9 +13,6 @@ from azeotrope.gateway.policy import Tier
 from azeotrope.gateway.responses import Format
 from azeotrope.tokens import Boundary
 
-UNDEFENDED = ":undefended"
-"""Ends the name of the licensed model."""
-
 
 @dataclass(frozen=True)
 class Model:

@@ -14,6 +14,8 @@ Licence = Literal["usage", "distillation"]
 FEATURES = ("chat", "completions", "metrics")
 ORDINARY = ("chat", "completions")
 """What a key may use unless it is said otherwise."""
+UNDEFENDED = ":undefended"
+"""Ends the name of the licensed model, and of the account whose quota and bill it goes to."""
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,12 @@ from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 
 from azeotrope.gateway import answering, beginning
-from azeotrope.gateway.admitted import UNDEFENDED, Admitted, Model
+from azeotrope.gateway.admitted import Admitted, Model
 from azeotrope.gateway.audit_log import AuditLog
 from azeotrope.gateway.callers import Callers, no_key
 from azeotrope.gateway.engine import Engine, EngineBusyError, EngineError, EngineRequest
 from azeotrope.gateway.errors import ApiError
-from azeotrope.gateway.key_records import KeyRecord
+from azeotrope.gateway.key_records import UNDEFENDED, KeyRecord
 from azeotrope.gateway.key_store import Keys
 from azeotrope.gateway.ledger import Ledger
 from azeotrope.gateway.metrics import Metrics

@@ -18,9 +18,9 @@ from witness import Call, Recording, Reference, check, check_refusal, choices, d
 
 from azeotrope import models, tasks
 from azeotrope.gateway import audit, engine_fields, probes
-from azeotrope.gateway.admitted import UNDEFENDED
 from azeotrope.gateway.app import create_app
 from azeotrope.gateway.engine import Engine
+from azeotrope.gateway.key_records import UNDEFENDED
 from azeotrope.gateway.policy import Policy, Tier
 from azeotrope.gateway.requests import ChatRequest, CompletionRequest
 from azeotrope.gateway.service import Gateway
@@ -347,7 +347,7 @@ def test_a_usage_key_never_reaches_the_undefended_engine(guarded: Callable[..., 
 
 
 def test_a_distillation_key_gets_the_undefended_teacher_by_its_name_alone(
-    guarded: Callable[..., Guarded], reference: Reference
+    guarded: Callable[..., Guarded], reference: Reference, settled_usage: Any
 ) -> None:
     made = guarded(Policy(tiers={"open": wide(logprobs="topk", decimals=4)}))
     record, token = made.gateway.keys.create("lab", tier="open", licence="distillation")
@@ -381,6 +381,9 @@ def test_a_distillation_key_gets_the_undefended_teacher_by_its_name_alone(
     (line,) = decisions(made.gateway, "licence")
     assert (line["key"], line["request"]) == (record.id, clean.headers["x-request-id"])
     assert [item["key"] for item in decisions(made.gateway, "request")] == [record.id]
+    # Each has a quota and a bill of its own.
+    billed = {row.key: row.requests for row in settled_usage(made.gateway)}
+    assert billed == {record.id: 1, record.id + UNDEFENDED: 1}
 
 
 # A thief who reads subspaces -------------------------------------------------------------------

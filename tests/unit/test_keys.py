@@ -25,6 +25,7 @@ from typer.testing import CliRunner
 
 from azeotrope.config import ConfigError
 from azeotrope.gateway.database import StoreError
+from azeotrope.gateway.key_records import UNDEFENDED
 from azeotrope.gateway.key_store import Keys
 from azeotrope.gateway.keys import KEYS_FILE, KeyStore
 from azeotrope.gateway.ledger import LEDGER_FILE, SqliteLedger
@@ -521,6 +522,21 @@ def test_usage_is_a_table_of_days(home: Path) -> None:
         [row] = [line for line in shown.splitlines() if record.id in line]
         cells = [cell.strip() for cell in row.strip("│").split("│")]
         assert cells == ["2023-11-14", record.id, "ada [bold]", "2", "2,000", "234", "0"]
+    # What a licence takes of the undefended teacher stands apart, under the same name.
+    licensed = record.id + UNDEFENDED
+    ledger.reserve(
+        *(licensed, "c"),
+        **{"prompt": 7, "completion": 5, "slots": 1},
+        limits=limits,
+        owner="o",
+        lease_s=10.0,
+    )
+    ledger.settle("c", 5)
+    shown = run("usage", "--key", record.id)[0]
+    [row] = [line for line in shown.splitlines() if licensed in line]
+    assert [cell.strip() for cell in row.strip("│").split("│")][1:5] == [
+        *(licensed, "ada [bold]", "1", "7"),
+    ]
 
 
 def test_a_rotated_key_is_the_same_customer(home: Path) -> None:
