@@ -50,6 +50,7 @@ VLLM_ENV = {
     "TORCHDYNAMO_DISABLE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_NO_USAGE_STATS": "1",
 }
 VLLM_ON_CPU = "--enforce-eager --dtype float32 --gpu-memory-utilization 0.3"
 VLLM_CACHE = "--kv-cache-memory-bytes 67108864"

@@ -10,9 +10,11 @@ from actors.heads import CHECKED_PROMPTS
 from azeotrope import models, smollm2
 from azeotrope.config import ConfigError
 from azeotrope.folding import check_foldable
+from azeotrope.head_training import UtilityFloor
 from azeotrope.surrogate import check_vocabulary, first_block
+from azeotrope.tasks import Task, is_local
 from azeotrope.tasks import build as build_task
-from azeotrope.tasks import is_local
+from azeotrope.traces import ground_truth
 from azeotrope.vocabulary import share, token_rows
 from workflows.settings import LESSON_PROBLEMS, DefenseChoice, ExperimentConfig
 
@@ -105,6 +107,21 @@ def _problems(config: ExperimentConfig) -> None:
                 task.problems(split, count)
     except (FileNotFoundError, ValueError) as error:
         raise ConfigError(f"task: {error}") from None
+    _begun(config, task, [floor for floor in floors if floor and trained])
+
+
+def _begun(config: ExperimentConfig, task: Task, floors: list[UtilityFloor]) -> None:
+    """Answers can be begun only where the ground truth is right."""
+    asked = [("floor.begun", "validation", floor.problems) for floor in floors if floor.begun]
+    if config.probe is not None and config.probe.begun:
+        asked.append(("probe.begun", config.exam_split, config.probe.begun))
+    for setting, split, count in asked:
+        texts = ground_truth(task, task.problems(split, count))
+        if not any(text.correct for text in texts):
+            raise ConfigError(
+                f"{setting}: none of the ground truth of {count} {split} problems is right, so "
+                "there is nothing to begin with; take more problems, or do without it"
+            )
 
 
 def _own_problems(config: ExperimentConfig, choice: DefenseChoice) -> int:

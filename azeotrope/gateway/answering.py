@@ -84,13 +84,13 @@ async def rewritten(
         async for piece in pieces:
             text += piece.text
             finish = piece.finish
-    answer = _hidden_reasoning(text, mode, boundary, judged or boundary, opening, rewriting)
+    answer = _rewrite(text, mode, boundary, judged or boundary, opening, rewriting)
     stop = StopStrings(stops)
     shown, stopped = stop.feed(answer)
     yield Said(shown if stopped else shown + stop.flush(), (), "stop" if stopped else finish)
 
 
-def _hidden_reasoning(
+def _rewrite(
     text: str,
     mode: Mode,
     boundary: Boundary,

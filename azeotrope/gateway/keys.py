@@ -16,6 +16,7 @@ KEYS_FILE = "keys.sqlite"
 _COLUMNS = (
     "id, account, name, tier, licence, models, features, created, expires, revoked, watermark_key"
 )
+_ALL = f"SELECT {_COLUMNS} FROM keys ORDER BY created, id"
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS keys (
     id TEXT PRIMARY KEY,
@@ -114,8 +115,7 @@ class KeyStore(Keys):
         return value
 
     def list(self) -> Sequence[KeyRecord]:
-        rows = self._database.rows(f"SELECT {_COLUMNS} FROM keys ORDER BY created, id")
-        return [_record(row) for row in rows]
+        return [_record(row) for row in self._database.rows(_ALL)]
 
 
 class _Rows:
@@ -130,8 +130,7 @@ class _Rows:
         return None if row is None else _record(row)
 
     def all(self) -> Sequence[KeyRecord]:
-        sql = f"SELECT {_COLUMNS} FROM keys ORDER BY created, id"
-        return [_record(row) for row in self._connection.execute(sql)]
+        return [_record(row) for row in self._connection.execute(_ALL)]
 
     def add(self, record: KeyRecord, digest: bytes) -> None:
         row = record.plain() | {"digest": digest}

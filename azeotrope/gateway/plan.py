@@ -61,7 +61,7 @@ def plan(
     """
     shown = _logprobs(request, tier)
     banned = _banned(request, tier, vocabulary)
-    temperature, top_p = _temperature(request, tier), _top_p(request, tier)
+    temperature, top_p = _temperature(request, tier), _within("top_p", request.top_p, tier.top_p)
     n = request.n or 1
     if n > tier.n:
         raise invalid("n", f"n is at most {tier.n} for this key, got {n}")
@@ -134,29 +134,22 @@ def _banned(request: Sampled, tier: Tier, vocabulary: int) -> tuple[int, ...]:
 
 
 def _temperature(request: Sampled, tier: Tier) -> float:
-    least, greatest = tier.temperature
-    if request.temperature is None:
-        return min(max(1.0, least), greatest)
-    if not least <= request.temperature <= greatest:
-        raise invalid(
-            "temperature",
-            f"temperature must be between {least:g} and {greatest:g} for this key, "
-            f"got {request.temperature:g}",
-        )
+    given = _within("temperature", request.temperature, tier.temperature)
     # Dividing by less would overflow, and the likeliest token has all the mass long before.
-    return request.temperature if request.temperature >= LEAST_TEMPERATURE else 0.0
+    return given if given >= LEAST_TEMPERATURE else 0.0
 
 
-def _top_p(request: Sampled, tier: Tier) -> float:
-    least, greatest = tier.top_p
-    if request.top_p is None:
+def _within(name: str, given: float | None, bounds: tuple[float, float]) -> float:
+    """What was asked for, if the tier allows it; else as near to 1 as the tier allows."""
+    least, greatest = bounds
+    if given is None:
         return min(max(1.0, least), greatest)
-    if not least <= request.top_p <= greatest:
+    if not least <= given <= greatest:
         raise invalid(
-            "top_p",
-            f"top_p must be between {least:g} and {greatest:g} for this key, got {request.top_p:g}",
+            name,
+            f"{name} must be between {least:g} and {greatest:g} for this key, got {given:g}",
         )
-    return request.top_p
+    return given
 
 
 def _prompts(request: Sampled, tokenizer: PreTrainedTokenizerBase) -> list[tuple[int, ...]]:

@@ -33,6 +33,7 @@ from azeotrope.gateway.requests import ChatRequest, Sampled, parse
 from azeotrope.gateway.responses import ChatFormat, CompletionFormat, Numbers, Said
 from azeotrope.gateway.suspicion import Suspicion
 from azeotrope.gateway.writing import Writer
+from azeotrope.tokens import Boundary
 from azeotrope.vocabulary import token_rows
 
 logger = logging.getLogger(__name__)
@@ -215,7 +216,7 @@ class Gateway:
         if isinstance(found, Refusal):
             self.metrics.refused("quota")
             raise over_quota(found)
-        return self._admitted(key, tier, request, planned, engine, found)
+        return self._admitted(key, tier, request, planned, engine, undefended, found)
 
     def _admitted(
         self,
@@ -224,6 +225,7 @@ class Gateway:
         request: Sampled,
         planned: Plan,
         engine: Engine,
+        undefended: bool,
         standing: Standing,
     ) -> Admitted:
         chat = isinstance(request, ChatRequest)
@@ -234,7 +236,7 @@ class Gateway:
             tier=tier,
             plan=planned,
             engine=engine,
-            undefended=engine is not self.model.engine,
+            undefended=undefended,
             format=(ChatFormat if chat else CompletionFormat)(
                 f"{'chatcmpl' if chat else 'cmpl'}-{planned.identity}",
                 request.model,
@@ -278,11 +280,12 @@ class Gateway:
             self._settle(admitted)
 
     def _parts(self, admitted: Admitted) -> list[AsyncGenerator[Said]]:
-        requests = admitted.plan.requests
-        # Completions of one prompt begin alike, and a prompt may be long.
+        model, requests = self.model, admitted.plan.requests
+        # Completions of one prompt begin alike, and a prompt may be long; all have the same bans.
         prompts = {item.prompt for item in requests}
         openings = {prompt: self._opening(admitted.tier, prompt) for prompt in prompts}
-        return [self._complete(admitted, item, openings[item.prompt]) for item in requests]
+        judged = beginning.without_pattern(model.tokenizer, requests[0].banned, model.boundary)
+        return [self._complete(admitted, item, openings[item.prompt], judged) for item in requests]
 
     def _opening(self, tier: Tier, prompt: tuple[int, ...]) -> str:
         if tier.reasoning == "shown" and not self.model.rewriting:
@@ -290,11 +293,10 @@ class Gateway:
         return beginning.opening_of_ids(self.model.tokenizer, prompt, self.model.boundary)
 
     def _complete(
-        self, admitted: Admitted, request: EngineRequest, opening: str
+        self, admitted: Admitted, request: EngineRequest, opening: str, judged: Boundary
     ) -> AsyncGenerator[Said]:
         model, mode = self.model, admitted.tier.reasoning
-        whole = bool(model.rewriting) and admitted.engine is model.engine
-        judged = beginning.without_pattern(model.tokenizer, request.banned, model.boundary)
+        whole = bool(model.rewriting) and not admitted.undefended
         writer = Writer(
             model.tokenizer,
             () if whole else admitted.stops,

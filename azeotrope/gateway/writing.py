@@ -323,8 +323,9 @@ class Writer:
         self._unplaced, self._read = [], end
 
     def _within(self, tokens: Sequence[Token], text: str) -> tuple[int, ...]:
-        if len(tokens) == 1:
-            return (0,)
+        # Offsets are shown beside numbers alone, and bytes of tokens take a while.
+        if len(tokens) == 1 or tokens[0].logprob is None:
+            return (0,) * len(tokens)
         return places([self._bytes.of(token.id) for token in tokens], text)
 
     def _given(self) -> list[tuple[Token, int]]:

@@ -5,6 +5,7 @@
   it is made of can be replaced: `gateway_factory(policy, undefended=engine, name="teacher")`.
 - `marked`: an engine of its own on the same teacher, with a watermark while it decodes; `reference`
   says what its numbers must be. Both are in `witness`.
+- `guarded(policy)`: a gateway with both engines watched, and a key of each tier (in `witness`).
 - `live_server(app)`: serves an application with uvicorn on a free port of this machine and returns
   its address; `live_server(create_app(gateway_factory()))` is the whole gateway.
 
@@ -23,7 +24,7 @@ import uvicorn
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
-    from witness import Reference
+    from witness import Guarded, Reference
 
     from azeotrope.batching import TransformersEngine
     from azeotrope.gateway.engine import Engine
@@ -131,6 +132,21 @@ def gateway_factory(
     for gateway in made:
         # A server that ran has done it; a second time does nothing.
         gateway.log.close()
+
+
+@pytest.fixture
+def guarded(
+    gateway_factory: GatewayFactory, marked: "Engine", engine: "Engine"
+) -> "Callable[[Policy | None], Guarded]":
+    from witness import Guarded, Recording
+
+    def make(policy: "Policy | None" = None) -> "Guarded":
+        defended, undefended = Recording(marked), Recording(engine)
+        gateway = gateway_factory(policy, engine=defended, undefended=undefended)
+        keys = {name: gateway.keys.create(name, tier=name)[1] for name in gateway.policy.tiers}
+        return Guarded(gateway, defended, undefended, keys)
+
+    return make
 
 
 @pytest.fixture

@@ -6,24 +6,35 @@ one was shown. The undefended engine notes every request that reaches it.
 
 import itertools
 import json
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 
 import httpx
 import pytest
 from fastapi import FastAPI
-from witness import Call, Recording, Reference, check, check_refusal, choices, decisions, send
+from witness import (
+    CHAT,
+    TEXT,
+    Call,
+    Guarded,
+    Reference,
+    body,
+    check,
+    check_refusal,
+    choices,
+    decisions,
+    questions,
+    send,
+    user,
+    wide,
+)
 
-from azeotrope import models, tasks
+from azeotrope import models
 from azeotrope.gateway import audit, engine_fields, probes
 from azeotrope.gateway.app import create_app
-from azeotrope.gateway.engine import Engine
 from azeotrope.gateway.key_records import UNDEFENDED
-from azeotrope.gateway.policy import Policy, Tier
+from azeotrope.gateway.policy import Policy
 from azeotrope.gateway.requests import ChatRequest, CompletionRequest
-from azeotrope.gateway.service import Gateway
 from azeotrope.models import Loaded
 from azeotrope.subspace import (
     ModelOracle,
@@ -33,54 +44,9 @@ from azeotrope.subspace import (
     recover_subspace,
     sample_tokens,
 )
-from azeotrope.tokens import Boundary, decode, spans
 
-CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 STRENGTHS = (0.5, None, 9.0)
-"""None is the engine's own; 0 is a tier whose keys are trusted with the undefended distribution."""
-
-
-def questions(count: int) -> list[str]:
-    task = tasks.build(tasks.PocketConfig())
-    return [task.messages(item.question)[0]["content"] for item in task.problems("test", count)]
-
-
-def body(path: str, question: str, **more: Any) -> dict[str, Any]:
-    asked = {"prompt": question} if path == TEXT else {"messages": [user(question)]}
-    return {"model": "teacher", "max_tokens": 64, "temperature": 0, **asked, **more}
-
-
-def user(content: Any) -> dict[str, Any]:
-    return {"role": "user", "content": content}
-
-
-def wide(**more: Any) -> Tier:
-    """A tier whose quotas no test reaches."""
-    limits = {"requests_per_minute": 10**6, "tokens_per_minute": 10**9, "tokens_per_day": 10**9}
-    return Tier(**{**limits, "concurrency": 10**6, **more})
-
-
-@dataclass(frozen=True)
-class Guarded:
-    """A gateway with both engines watched, and a key of each tier."""
-
-    gateway: Gateway
-    defended: Recording
-    undefended: Recording
-    keys: Mapping[str, str]
-
-
-@pytest.fixture
-def guarded(
-    gateway_factory: Any, marked: Engine, engine: Engine
-) -> Callable[[Policy | None], Guarded]:
-    def make(policy: Policy | None = None) -> Guarded:
-        defended, undefended = Recording(marked), Recording(engine)
-        gateway = gateway_factory(policy, engine=defended, undefended=undefended)
-        keys = {name: gateway.keys.create(name, tier=name)[1] for name in gateway.policy.tiers}
-        return Guarded(gateway, defended, undefended, keys)
-
-    return make
+"""None is the engine's own."""
 
 
 # From outside ----------------------------------------------------------------------------------
@@ -443,117 +409,3 @@ def test_the_same_thief_reads_it_off_an_open_api() -> None:
         sample_tokens(vocabulary),
     )
     assert (found.hidden_size, found.saturated, found.refused) == (hidden, False, None)
-
-
-# Reasoning -------------------------------------------------------------------------------------
-
-
-def summarised(text: str) -> tuple[str, str]:
-    """The gateway's own line, and the answer."""
-    found = re.fullmatch(r"(\[\d+ steps? of reasoning (?:is|are) not shown\])?\n?(.*)", text)
-    assert found is not None, text
-    return found[1] or "", found[2]
-
-
-@pytest.mark.parametrize("mode", ["cut", "summary"])
-def test_no_word_of_the_reasoning_leaves(
-    mode: str, guarded: Callable[..., Guarded], teacher: Loaded, reference: Reference
-) -> None:
-    """Wherever the completion is cut, streamed or not, with numbers and with stops in between."""
-    made = guarded(Policy(tiers={"hidden": wide(logprobs="topk", decimals=4, reasoning=mode)}))
-    token, tokenizer = made.keys["hidden"], teacher.tokenizer
-    calls: list[Call] = []
-    for question in questions(4):
-        for length in (*range(1, 12), 20, 28, 36, 64):
-            for path, stream in itertools.product((CHAT, TEXT), (False, True)):
-                shown = {"logprobs": True, "top_logprobs": 5} if path == CHAT else {"logprobs": 5}
-                for more in ({}, {"stop": ["is", "begins", "<", "> "]}):
-                    asked = body(path, question, stream=stream, **shown, **more)
-                    calls.append(Call(path, token, asked | {"max_tokens": length}))
-    answers = send(made.gateway, calls)
-    answered = 0
-    for call, answer in zip(calls, answers, strict=True):
-        id = f"{answer.headers['x-request-id']}-0"
-        request, wrote = made.defended.asked[id], made.defended.wrote[id]
-        whole = decode(tokenizer, wrote)
-        _, span = spans(whole, Boundary())
-        allowed = whole[span.start : span.end].strip()
-        (choice,) = choices(answer).values()
-        line, text = summarised(choice.text) if mode == "summary" else ("", choice.text)
-        assert text == allowed, (call.body, whole)
-        assert not set(line.split()) & {"begins", "so", "plus", "at", "that", "then"}
-        # Numbers are of the words that are shown and of no other.
-        assert decode(tokenizer, [reference.ids[name] for name in choice.tokens]) == allowed
-        check(reference.numbers(request, wrote, choice), 4)
-        answered += bool(allowed)
-        if not call.body["stream"]:
-            # Hidden words are written and paid for.
-            assert answer.json()["usage"]["completion_tokens"] == len(wrote)
-    assert answered > 20
-    assert made.undefended.asked == {}
-
-
-@pytest.mark.parametrize("mode", ["cut", "summary"])
-def test_reasoning_that_the_prompt_opened_does_not_leave(
-    mode: str, guarded: Callable[..., Guarded], teacher: Loaded, reference: Reference
-) -> None:
-    """The completion has no opening tag then, and no closing one where it is cut or may not be."""
-    policy = Policy(
-        tiers={
-            "hidden": wide(logprobs="topk", decimals=4, reasoning=mode),
-            "banning": wide(bans=True, reasoning=mode),
-        }
-    )
-    made = guarded(policy)
-    # Its reasoning has words in it that look like an answer's first.
-    boundary = Boundary(answer_pattern="####|begins|so|at|is")
-    made.gateway.model = replace(made.gateway.model, boundary=boundary)
-    close = next(id for name, id in reference.ids.items() if name.strip() == "</think>")
-    calls: list[Call] = []
-    for question, length in itertools.product(questions(3), (1, 4, 8, 12, 64)):
-        for path, stream in itertools.product((CHAT, TEXT), (False, True)):
-            asked = body(path, f"{question} <think>", stream=stream, max_tokens=length, n=2)
-            shown = {"logprobs": True, "top_logprobs": 5} if path == CHAT else {"logprobs": 5}
-            calls.append(Call(path, made.keys["hidden"], asked | shown))
-            calls.append(Call(path, made.keys["banning"], asked))
-            ban = {"logit_bias": {str(close): -100}}
-            calls.append(Call(path, made.keys["banning"], asked | ban))
-    answered = tempting = 0
-    for call, answer in zip(calls, send(made.gateway, calls), strict=True):
-        found = choices(answer)
-        assert len(found) == 2
-        for index, choice in found.items():
-            wrote = made.defended.wrote[f"{answer.headers['x-request-id']}-{index}"]
-            whole = decode(teacher.tokenizer, wrote)
-            assert "<think>" not in whole
-            _, closed, after = whole.partition("</think>")
-            _, text = summarised(choice.text) if mode == "summary" else ("", choice.text)
-            assert text == after.strip(), (call.body, whole)
-            names = [reference.ids[name] for name in choice.tokens]
-            assert decode(teacher.tokenizer, names) == (text if "logprobs" in call.body else "")
-            answered += bool(text)
-            # What would have been taken for the answer.
-            tempting += not closed and bool(re.search(boundary.answer_pattern, whole))
-    assert answered > 20
-    assert tempting > 50
-
-
-def test_a_ban_of_the_tags_shows_no_reasoning(
-    guarded: Callable[..., Guarded], reference: Reference
-) -> None:
-    """Who forbids the words that end the reasoning gets none of it, and no answer either."""
-    made = guarded(Policy(tiers={"hidden": wide(bans=True, reasoning="cut")}))
-    ids = {name.strip(): id for name, id in reference.ids.items()}
-    question = questions(1)[0]
-
-    def asked(path: str, *names: str) -> Call:
-        bias = {str(ids[name]): -100 for name in names}
-        return Call(path, made.keys["hidden"], body(path, question, logit_bias=bias))
-
-    (plain,) = send(made.gateway, [asked(CHAT)])
-    assert "####" in choices(plain)[0].text
-    subsets = (["</think>"], ["</think>", "####"], ["<think>", "</think>", "####"])
-    calls = [asked(path, *names) for names in subsets for path in (CHAT, TEXT)]
-    for answer in send(made.gateway, calls):
-        assert choices(answer)[0].text == ""
-        assert len(made.defended.wrote[f"{answer.headers['x-request-id']}-0"]) > 20

@@ -2,9 +2,7 @@
 
 import importlib.util
 import math
-import os
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,13 +22,12 @@ from azeotrope.gateway import audit
 from azeotrope.gateway.policy import Policy, Tier
 from azeotrope.generation import Sampling, generate
 from azeotrope.tokens import decode, encode_prompt
+from benchmarks.serving import engine_alone
 
 DECIMALS = 4
 TOLERANCE = 1e-3 + 0.5 * 10**-DECIMALS
 """In nats; the second part is what the gateway rounds away."""
 BARE_KEY = "a-key-of-the-bare-server"
-CPU = {"TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-QUIET = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
 
 
 @pytest.fixture(scope="module")
@@ -83,21 +80,18 @@ def test_the_audit_finds_nothing_behind_the_gateway(endpoint: Served) -> None:
 @pytest.fixture(scope="module")
 def bare(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """vLLM's own server on the same weights."""
-    port = free_port()
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
-    command += ["--model", models.resolve("pocket/teacher"), "--served-model-name", "teacher"]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--api-key", BARE_KEY]
-    if not torch.cuda.is_available():
-        command += ["--dtype", "float32", "--enforce-eager", "--gpu-memory-utilization", "0.3"]
-        command += ["--kv-cache-memory-bytes", str(64 * 2**20)]
+    server, command, env = engine_alone("vllm", "pocket/teacher", free_port())
     log = tmp_path_factory.mktemp("bare") / "log"
     with log.open("wb") as out:
         process = subprocess.Popen(
-            command, stdout=out, stderr=subprocess.STDOUT, env={**os.environ, **CPU, **QUIET}
+            [*command, "--api-key", BARE_KEY],
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            env={**env, "OMP_NUM_THREADS": "1"},
         )
     try:
-        _wait(process, f"http://127.0.0.1:{port}/health", log)
-        yield f"http://127.0.0.1:{port}/v1"
+        _wait(process, server.url + server.probe, log)
+        yield f"{server.url}/v1"
     finally:
         process.terminate()
         try:

@@ -8,7 +8,7 @@ batches.
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,16 @@ from typing import Any
 import httpx
 import torch
 
+from azeotrope import tasks
 from azeotrope.defenses.watermark import green_list
 from azeotrope.gateway.app import create_app
 from azeotrope.gateway.audit_log import AuditLog, AuditLogError
 from azeotrope.gateway.engine import Chunk, Engine, EngineRequest
+from azeotrope.gateway.policy import Tier
 from azeotrope.gateway.service import Gateway
 from azeotrope.models import Loaded
 
+CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 WATERMARK = {"name": "watermark", "strength": 4.0, "context": 1, "key": "the operator's own key"}
 """With a context of one token all but the first number of a completion are moved."""
 FLOAT_ERROR = 2e-4
@@ -260,3 +263,33 @@ def decisions(gateway: Gateway, event: str) -> list[dict[str, Any]]:
         for line in path.read_text().splitlines()
     ]
     return [line for line in lines if line["event"] == event]
+
+
+def questions(count: int) -> list[str]:
+    task = tasks.build(tasks.PocketConfig())
+    return [task.messages(item.question)[0]["content"] for item in task.problems("test", count)]
+
+
+def body(path: str, question: str, **more: Any) -> dict[str, Any]:
+    asked = {"prompt": question} if path == TEXT else {"messages": [user(question)]}
+    return {"model": "teacher", "max_tokens": 64, "temperature": 0, **asked, **more}
+
+
+def user(content: Any) -> dict[str, Any]:
+    return {"role": "user", "content": content}
+
+
+def wide(**more: Any) -> Tier:
+    """A tier whose quotas no test reaches."""
+    limits = {"requests_per_minute": 10**6, "tokens_per_minute": 10**9, "tokens_per_day": 10**9}
+    return Tier(**{**limits, "concurrency": 10**6, **more})
+
+
+@dataclass(frozen=True)
+class Guarded:
+    """A gateway with both engines watched, and a key of each tier."""
+
+    gateway: Gateway
+    defended: Recording
+    undefended: Recording
+    keys: Mapping[str, str]

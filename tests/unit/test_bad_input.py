@@ -356,6 +356,20 @@ def test_every_problem_that_a_run_asks_for_is_counted(refused, tmp_path: Path) -
     assert "29 problems in validation, fewer than the 30 asked for" in found
 
 
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("defenses.0.training.floor.begun=0.9", "floor.begun: none of the ground truth of 4 valid"),
+        ("probe.begun=3", "probe.begun: none of the ground truth of 3 test problems is right"),
+    ],
+)
+def test_answers_are_begun_only_where_the_ground_truth_is_right(
+    refused, override: str, said: str
+) -> None:
+    floor = "defenses.0.training.floor.problems=4"
+    assert said in refused("task.slip=1", floor, override, yaml=CMI)
+
+
 def test_a_disk_that_is_nearly_full(refused, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda place: usage(1 << 40, 1 << 40, 100 << 20))

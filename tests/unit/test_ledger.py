@@ -6,7 +6,6 @@ is one on the PATH.
 
 import itertools
 import json
-import socket
 import subprocess
 import sys
 import tempfile
@@ -24,7 +23,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from azeotrope.config import ConfigError
 from azeotrope.gateway.database import StoreError
 from azeotrope.gateway.ledger import Ledger, SqliteLedger, Usage
 from azeotrope.gateway.policy import Tier
@@ -577,23 +575,6 @@ def test_a_broken_or_lost_ledger_is_an_error(tmp_path: Path) -> None:
     broken.chmod(0o600)
     with pytest.raises(StoreError, match="not a database"):
         SqliteLedger(broken)
-
-
-def test_a_redis_that_does_not_answer_is_an_error() -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    with pytest.raises(StoreError, match="Redis cannot be used"):
-        RedisLedger(f"redis://127.0.0.1:{port}/0")
-    with pytest.raises(ConfigError, match="rediss://") as error:
-        RedisLedger("http://user:secret@host")
-    assert "secret" not in str(error.value)
-
-
-def test_without_the_package_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "redis", None)
-    with pytest.raises(ConfigError, match=r"azeotrope\[redis\]"):
-        RedisLedger("redis://127.0.0.1:1/0")
 
 
 def test_all_names_in_redis_share_one_hash_tag(clock: Clock) -> None:
