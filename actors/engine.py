@@ -15,7 +15,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, 
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
 from azeotrope.config import Config, ConfigError
-from azeotrope.gateway.engine import Chunk, Engine, EngineBusyError, EngineError, EngineRequest
+from azeotrope.engine.protocol import Chunk, Engine, EngineBusyError, EngineError, EngineRequest
 
 Kind = Literal["auto", "vllm", "transformers"]
 PROBE_TIMEOUT_S = 5.0
@@ -71,7 +71,7 @@ def build_engine(settings: EngineSettings) -> Any:
             queue=settings.queue,
         )
     from azeotrope import models
-    from azeotrope.batching import TransformersEngine
+    from azeotrope.engine.transformers import TransformersEngine
 
     if not torch.cuda.is_available():
         torch.set_num_threads(1)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from azeotrope.export import ExportError
+from azeotrope.heads.export import ExportError
 from azeotrope.models import Loaded
 
 TOLERANCE = 1e-3

@@ -14,15 +14,15 @@ from actors.engine import RemoteEngine
 from azeotrope import models
 from azeotrope.config import Config
 from azeotrope.defenses import base as defenses
-from azeotrope.gateway.admitted import Model
-from azeotrope.gateway.app import create_app
-from azeotrope.gateway.audit_log import AuditLog
-from azeotrope.gateway.metrics import SHARED
-from azeotrope.gateway.policy import Policy
-from azeotrope.gateway.service import Gateway
-from azeotrope.gateway.stores import open_keys, open_ledger
 from azeotrope.tasks import TaskConfig
 from azeotrope.tokens import Boundary, decode
+from gateway.accounts.stores import open_keys, open_ledger
+from gateway.admitted import Model
+from gateway.http.app import create_app
+from gateway.metrics import SHARED
+from gateway.policy import Policy
+from gateway.records.audit_log import AuditLog
+from gateway.service import Gateway
 
 LOGS, METRICS = "audit", "metrics"
 
@@ -114,7 +114,7 @@ class GatewayReplica:
     def __serve_build_asgi_app__(self) -> FastAPI:
         app = create_app(self.gateway)
         if self.settings.task is not None:
-            from azeotrope.gateway.playground import add_page
+            from gateway.http.playground import add_page
 
             add_page(
                 app,

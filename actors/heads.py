@@ -15,17 +15,17 @@ from azeotrope.collect import SHARD, collect, finish
 from azeotrope.config import Config, write_json
 from azeotrope.defenses import base as defenses
 from azeotrope.defenses.base import Head
-from azeotrope.export import export, head_from, proxy_head_from, put_head
-from azeotrope.features import FeaturePair, pair_up, read_features
-from azeotrope.folding import check_foldable
 from azeotrope.generation import Sampling
-from azeotrope.head_training import HeadTraining, Round, Utility, train_head
-from azeotrope.surrogate import surrogate_from
+from azeotrope.heads.export import export, head_from, proxy_head_from, put_head
+from azeotrope.heads.features import FeaturePair, pair_up, read_features
+from azeotrope.heads.folding import check_foldable
+from azeotrope.heads.search import HeadTraining, Round, Utility, train_head
+from azeotrope.heads.surrogate import surrogate_from
+from azeotrope.logits.vocabulary import token_rows
 from azeotrope.tasks import TaskConfig
 from azeotrope.tasks import build as build_task
 from azeotrope.tokens import encode_prompt
 from azeotrope.traces import ground_truth
-from azeotrope.vocabulary import token_rows
 
 CHECKED_PROMPTS = 16
 

@@ -9,9 +9,9 @@ import torch
 
 from actors.teacher import FeatureJob, read_examples
 from azeotrope import models
-from azeotrope.features import compute, write_features
-from azeotrope.surrogate import first_block
-from azeotrope.vocabulary import share
+from azeotrope.heads.features import compute, write_features
+from azeotrope.heads.surrogate import first_block
+from azeotrope.logits.vocabulary import share
 
 
 class ProxyActor:

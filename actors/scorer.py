@@ -7,10 +7,11 @@ import numpy as np
 import torch
 
 from actors.teacher import FeatureJob, read_examples
-from azeotrope import heads, models
+from azeotrope import models
 from azeotrope.config import write_json
+from azeotrope.heads import chunked
+from azeotrope.logits.vocabulary import share
 from azeotrope.tokens import Batch, collate
-from azeotrope.vocabulary import share
 
 BATCH = 32
 
@@ -57,8 +58,8 @@ class ScoreActor:
         hidden = states.last_hidden_state[batch.mask.to(device)]
         head = models.head_of(proxy.model)
         parts = []
-        for piece in heads.chunks(len(targets), len(head.weight)):
-            log_p = heads.logits(hidden[piece], head.weight, head.bias).log_softmax(-1)
+        for piece in chunked.chunks(len(targets), len(head.weight)):
+            log_p = chunked.logits(hidden[piece], head.weight, head.bias).log_softmax(-1)
             parts.append(log_p.gather(-1, targets[piece, None].to(device))[:, 0].cpu())
         sizes = batch.mask.sum(1).tolist()
         return torch.stack([part.sum() for part in torch.cat(parts).split(sizes)])

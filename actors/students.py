@@ -14,8 +14,8 @@ from azeotrope.attacks import cleanups
 from azeotrope.attacks.logits import LogitAttack, TeacherHead
 from azeotrope.collect import collect
 from azeotrope.config import Config, write_json
-from azeotrope.features import read_features
 from azeotrope.generation import Sampling
+from azeotrope.heads.features import read_features
 from azeotrope.tasks import TaskConfig
 from azeotrope.tasks import build as build_task
 from azeotrope.tasks.base import Problem

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from azeotrope import models
 from azeotrope.config import Config
-from azeotrope.features import compute, write_features
+from azeotrope.heads.features import compute, write_features
 from azeotrope.tasks import TaskConfig
 from azeotrope.tasks import build as build_task
 from azeotrope.tokens import Boundary, Example, encode, from_ids

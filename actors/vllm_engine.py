@@ -15,8 +15,7 @@ import torch
 from transformers import AutoConfig
 
 from azeotrope import models
-from azeotrope.defense_variants import DefenseVariants
-from azeotrope.gateway.engine import (
+from azeotrope.engine.protocol import (
     Chunk,
     EngineBusyError,
     EngineError,
@@ -24,7 +23,8 @@ from azeotrope.gateway.engine import (
     Token,
     check_request,
 )
-from azeotrope.gateway.policy import MOST_LOGPROBS
+from azeotrope.engine.variants import DefenseVariants
+from gateway.policy import MOST_LOGPROBS
 
 BLOCK = 128
 """Tokens of a piece of vLLM's cache on CPUs; each row's last piece is partly empty."""

@@ -23,8 +23,8 @@ from vllm.v1.worker.gpu.sample import (  # pyright: ignore[reportMissingImports]
     logits_processor as v2,
 )
 
-from azeotrope.defense_variants import DefenseVariants
 from azeotrope.defenses.base import Defense
+from azeotrope.engine.variants import DefenseVariants
 
 CONFIGURED = "azeotrope_decoding"
 """In `additional_config`: plain configurations of decoding defenses, in the order they act."""

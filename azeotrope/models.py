@@ -43,7 +43,7 @@ def resolve(name: str) -> str:
         FileNotFoundError: if a pocket model or a folder does not exist, or holds no checkpoint.
         ValueError: if `smollm2:LAYERS` asks for layers that the model does not have.
     """
-    from azeotrope import smollm2  # it imports this module
+    from azeotrope.pocket import smollm2  # it imports this module
 
     if name.startswith("pocket/"):
         folder = POCKET / name.removeprefix("pocket/")
@@ -58,7 +58,7 @@ def resolve(name: str) -> str:
         if not (folder / "config.json").is_file():
             raise FileNotFoundError(
                 f"{name} is not converted yet: there is no checkpoint in {folder}; every workflow "
-                "converts it when it starts, and azeotrope.smollm2.ensure does it from Python"
+                "converts it when it starts, and pocket.smollm2.ensure does it from Python"
             )
         return str(folder)
     path = Path(name).expanduser()

@@ -60,9 +60,9 @@ def setup(shape: Shape, method: str) -> Any:
 
     from azeotrope.defenses.base import Head
     from azeotrope.defenses.cmi import Cmi, Config, LowRankHead
-    from azeotrope.features import FeatureBatch
+    from azeotrope.heads.features import FeatureBatch
+    from azeotrope.heads.surrogate import Surrogate
     from azeotrope.models import Loaded
-    from azeotrope.surrogate import Surrogate
 
     torch.set_num_threads(1)
     torch.manual_seed(0)

@@ -89,8 +89,8 @@ class Models:
 
 def pocket_models() -> Models:
     from azeotrope import models
-    from azeotrope.export import proxy_head_from
-    from azeotrope.vocabulary import share
+    from azeotrope.heads.export import proxy_head_from
+    from azeotrope.logits.vocabulary import share
 
     names = ("pocket/proxy-a", "pocket/proxy-b")
     teacher = models.load("pocket/teacher", device="cpu")
@@ -111,7 +111,7 @@ def wide_models() -> Models:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from azeotrope.defenses.base import ProxyHead
-    from azeotrope.vocabulary import SharedVocabulary
+    from azeotrope.logits.vocabulary import SharedVocabulary
 
     def make(hidden: int, *, tied: bool) -> LlamaForCausalLM:
         config = LlamaConfig(
@@ -183,7 +183,7 @@ def wide_examples(rows: int, tokens: int) -> list["Example"]:
 
 def prepare(shape: Shape, tokens: int, folder: Path) -> dict[str, Any]:
     """Write the sequences and everybody's features; the time is the one-off cost of the cache."""
-    from azeotrope.features import compute, write_features
+    from azeotrope.heads.features import compute, write_features
 
     pocket = shape.name == "pocket"
     examples = pocket_examples(shape.rows) if pocket else wide_examples(shape.rows, tokens)
@@ -214,7 +214,7 @@ def cached(shape: Shape, folder: Path) -> Callable[[int], float]:
     from azeotrope import models
     from azeotrope.defenses.base import Head
     from azeotrope.defenses.doge import Config, Doge
-    from azeotrope.features import join, pair_up, read_features
+    from azeotrope.heads.features import join, pair_up, read_features
 
     found = pocket_models() if shape.name == "pocket" else wide_models()
     layer = models.head_of(found.teacher)

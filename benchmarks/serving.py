@@ -35,11 +35,11 @@ from starlette.responses import StreamingResponse
 from starlette.routing import Route
 
 from azeotrope import models
-from azeotrope.batching import TransformersEngine
-from azeotrope.gateway.engine import EngineRequest
+from azeotrope.engine.protocol import EngineRequest
+from azeotrope.engine.transformers import TransformersEngine
 from azeotrope.tasks.pocket import Pocket, PocketConfig
 from azeotrope.tokens import encode_prompt
-from workflows.points import find_point
+from experiment.points import find_point
 
 TEACHER = "pocket/teacher"
 ROWS, MAX_TOKENS, PROBLEMS = 32, 64, 256

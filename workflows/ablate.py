@@ -20,13 +20,13 @@ from rich.console import Console
 
 from actors import session
 from azeotrope.config import ConfigError, build, write_json
-from azeotrope.evaluation import Accuracy, Row, mean_accuracy, read_document
-from azeotrope.figures import Plot, PlotLine
-from azeotrope.report import write_report
+from azeotrope.report.figures import Plot, PlotLine
+from azeotrope.report.page import write_report
+from azeotrope.report.statistics import Accuracy, Row, mean_accuracy, read_document
+from experiment.probes import BEGUN_METRIC
+from experiment.settings import DefenseChoice, ExperimentConfig, load
 from workflows.pipeline import run as run_pipeline
 from workflows.pipeline import show, wide_console
-from workflows.probes import BEGUN_METRIC
-from workflows.settings import DefenseChoice, ExperimentConfig, load
 
 OF_ATTACKS = ("kd_weight", "temperature")
 ALSO_CALLED = {"tau": "temperature"}

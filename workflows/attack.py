@@ -11,13 +11,13 @@ from rich.table import Table
 
 from actors import session
 from azeotrope.config import digest
-from azeotrope.evaluation import wilson
+from azeotrope.report.statistics import wilson
 from azeotrope.traces import read_traces
-from workflows.display import Display
-from workflows.preflight import preflight
-from workflows.settings import ExperimentConfig, load
-from workflows.stages import Stage
-from workflows.steps import Steps
+from experiment.display import Display
+from experiment.preflight import preflight
+from experiment.settings import ExperimentConfig, load
+from experiment.stages import Stage
+from experiment.steps import Steps
 
 
 def run(config: ExperimentConfig, folder: Path, console: Console) -> list[tuple[str, Stage]]:

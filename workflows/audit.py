@@ -7,7 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from azeotrope.config import ConfigError
-from azeotrope.gateway import audit
+from gateway.audit import run
 
 
 def main(url: str, key: str, model: str | None = None) -> int:
@@ -22,8 +22,8 @@ def main(url: str, key: str, model: str | None = None) -> int:
     console = Console()
     try:
         with Progress(console=console, transient=True) as progress:
-            task = progress.add_task("probes", total=audit.count())
-            found = audit.audit(url, key, model=model, on_done=lambda n: progress.advance(task, n))
+            task = progress.add_task("probes", total=run.count())
+            found = run.audit(url, key, model=model, on_done=lambda n: progress.advance(task, n))
     except (ValueError, httpx.HTTPError) as error:
         raise ConfigError(f"audit: {error}") from None
     table = Table("probe", "outcome", "seen")

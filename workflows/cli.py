@@ -114,7 +114,7 @@ def serve(
     redis: RedisUrl = None,
 ) -> None:
     """Serve a defended teacher behind the gateway, until it is interrupted."""
-    from workflows.endpoint import main as run
+    from workflows.serve import main as run
 
     run(source, overrides or [], policy, write, redis)
 
@@ -158,7 +158,7 @@ def trace(
     redis: RedisUrl = None,
 ) -> None:
     """Say whose watermark is in texts: every key's mark is looked for."""
-    from workflows.trace import main as run
+    from workflows.attribute import main as run
 
     run(
         file,

@@ -12,13 +12,13 @@ from rich.table import Table
 
 from actors import session
 from azeotrope.traces import read_traces
-from workflows.display import Display
+from experiment.display import Display
+from experiment.preflight import preflight
+from experiment.results import Taught
+from experiment.settings import ExperimentConfig, load
+from experiment.stages import Stage
+from experiment.steps import Steps
 from workflows.pipeline import clean_teacher, defend
-from workflows.preflight import preflight
-from workflows.results import Taught
-from workflows.settings import ExperimentConfig, load
-from workflows.stages import Stage
-from workflows.steps import Steps
 
 
 def run(config: ExperimentConfig, console: Console) -> list[Taught]:

@@ -9,13 +9,13 @@ from rich.console import Console
 from rich.table import Table
 
 from actors import session
-from azeotrope.evaluation import summarise
+from azeotrope.report.statistics import summarise
 from azeotrope.traces import read_traces
-from workflows.display import Display
-from workflows.preflight import preflight
-from workflows.results import score
-from workflows.settings import ExperimentConfig, load
-from workflows.steps import Request, Steps
+from experiment.display import Display
+from experiment.preflight import preflight
+from experiment.results import score
+from experiment.settings import ExperimentConfig, load
+from experiment.steps import Request, Steps
 
 
 def run(config: ExperimentConfig, model: str, console: Console) -> Table:

@@ -10,10 +10,10 @@ from pathlib import Path
 from rich.console import Console
 
 from actors import session
-from workflows.display import Display
-from workflows.preflight import preflight
-from workflows.settings import ExperimentConfig, load
-from workflows.steps import Request, Steps
+from experiment.display import Display
+from experiment.preflight import preflight
+from experiment.settings import ExperimentConfig, load
+from experiment.steps import Request, Steps
 
 
 def run(config: ExperimentConfig, console: Console) -> Path:

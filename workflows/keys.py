@@ -1,14 +1,13 @@
 """Make, show and end the API keys of a gateway. Heavy imports happen inside the commands."""
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 if TYPE_CHECKING:
-    from azeotrope.gateway.key_records import KeyRecord
-    from azeotrope.gateway.key_store import Keys
+    from gateway.accounts.key_records import KeyRecord
+    from gateway.accounts.keys import Keys
 
 DAY_S = 86_400
 
@@ -30,12 +29,6 @@ RedisUrl = Annotated[
 KeyId = Annotated[str, typer.Argument(metavar="ID", help="as `azeotrope keys list` shows it")]
 
 
-def default_store() -> Path:
-    """The folder of keys, quotas and logs: $AZEOTROPE_HOME or ~/.azeotrope."""
-    home = os.environ.get("AZEOTROPE_HOME")
-    return Path(home).expanduser() if home else Path.home() / ".azeotrope"
-
-
 def existing_keys(store: Path | None, redis: str | None) -> "Keys":
     """The keys that `--store` or `--redis` names, where it makes no sense to begin new ones.
 
@@ -43,8 +36,8 @@ def existing_keys(store: Path | None, redis: str | None) -> "Keys":
         ConfigError: if nobody has begun a store there, or it cannot be opened.
     """
     from azeotrope.config import ConfigError
-    from azeotrope.gateway.keys import KEYS_FILE
-    from azeotrope.gateway.stores import open_keys
+    from gateway.accounts.sqlite_keys import KEYS_FILE
+    from gateway.accounts.stores import default_store, open_keys
 
     folder = store or default_store()
     if redis is not None:
@@ -74,8 +67,8 @@ def create(
     redis: RedisUrl = None,
 ) -> None:
     """Make a key and print its token, once."""
-    from azeotrope.gateway.key_records import ORDINARY
-    from azeotrope.gateway.stores import open_keys
+    from gateway.accounts.key_records import ORDINARY
+    from gateway.accounts.stores import default_store, open_keys
 
     record, token = open_keys(store or default_store(), redis).create(
         name,

@@ -27,20 +27,17 @@ from azeotrope.attacks import base as attacks
 from azeotrope.attacks.logits import LogitAttack
 from azeotrope.config import write_json
 from azeotrope.defenses.base import Defense
-from azeotrope.evaluation import (
-    Row,
-    read_document,
-)
-from azeotrope.summary import plain_words
-from azeotrope.tables import result_table, teacher_table
-from workflows.display import Display
-from workflows.points import write_points
-from workflows.preflight import preflight
-from workflows.probes import probe
-from workflows.results import Cell, Taught, link_stages, rows_of, write_results
-from workflows.settings import DefenseChoice, ExperimentConfig, StudentConfig, load
-from workflows.stages import Stage
-from workflows.steps import Asked, Planned, Request, Steps
+from azeotrope.report.statistics import Row, read_document
+from azeotrope.report.summary import plain_words
+from azeotrope.report.tables import result_table, teacher_table
+from experiment.display import Display
+from experiment.points import write_points
+from experiment.preflight import preflight
+from experiment.probes import probe
+from experiment.results import Cell, Taught, link_stages, rows_of, write_results
+from experiment.settings import DefenseChoice, ExperimentConfig, StudentConfig, load
+from experiment.stages import Stage
+from experiment.steps import Asked, Planned, Request, Steps
 
 WIDTH = 150
 QUEUE = 9

@@ -1,4 +1,4 @@
-"""Serve a defended teacher behind the gateway, on Ray Serve.
+"""Serve a defended teacher: start Ray and Serve, say what is served, and end without a cut.
 
     azeotrope keys create alice
     azeotrope serve runs/pocket_demo
@@ -8,313 +8,269 @@
     azeotrope serve runs/pocket_demo --write serve.yaml
     serve deploy serve.yaml
 
-What is served is a run's point or a checkpoint; one whose export was not checked is refused.
+What is served, and how, is in `experiment/deployment.py`.
 """
 
-import ipaddress
+import contextlib
+import logging
 import os
+import shutil
+import signal
+import socket
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Self
+from types import FrameType
+from typing import Any
 
-from pydantic import Field, model_validator
+import ray
+import yaml
 from ray import serve
-from ray.serve.config import BackpressureConfig
+from ray.exceptions import RayError
+from ray.serve.config import HTTPOptions
+from ray.serve.exceptions import RayServeException
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from actors import engine as engines
-from actors.engine import EngineSettings, Kind
-from actors.gateway import METRICS, GatewayReplica, GatewaySettings, environment
-from azeotrope import models
-from azeotrope.config import Config, ConfigError
+from actors import session
+from actors.resources import Resources
+from azeotrope.config import ConfigError
+from azeotrope.config import build as build_config
 from azeotrope.config import load as load_config
-from azeotrope.defenses import base as defenses
-from azeotrope.gateway.policy import Policy
-from azeotrope.gateway.stores import open_keys
-from azeotrope.tasks.pocket import PocketConfig
-from workflows.keys import default_store
-from workflows.points import Point, find_point
+from experiment.deployment import (
+    APP,
+    DRAIN_S,
+    LOGGING,
+    ServeConfig,
+    application,
+    build,
+    deploy_file,
+    is_loopback,
+    metrics_folder,
+)
+from experiment.points import Point, find_point
+from gateway.accounts.key_records import KeyRecord
+from gateway.accounts.stores import open_keys
+from gateway.policy import Policy
 
-APP = "azeotrope"
-CONFIG = "AZEOTROPE_SERVE"
-"""Names the YAML file that `workflows.serve:app` is built from."""
-DRAIN_S = 10.0
-"""After the longest answer that is allowed: then what still runs is cut off."""
-DRAIN_POLL_S = 0.5
-REPLICA_ENV = {
-    "HF_HUB_OFFLINE": "1",
-    # One event loop in place of three: none of ours is ever blocked, and a token that is handed
-    # from thread to thread costs as much again.
-    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
-    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
-}
-LOGGING = {"enable_access_log": False}
-"""Of Serve: the gateway's audit log says who asked, and two lines a request would cost time."""
+READY_TIMEOUT_S = 300.0
+POLL_S = 0.2
 
 
-class Replicas(Config):
-    """How many copies run; Serve moves between the two as requests come and go."""
+def main(
+    source: str,
+    overrides: list[str],
+    policy: str | None = None,
+    write: str | None = None,
+    redis: str | None = None,
+) -> None:
+    """Serve until somebody interrupts it.
 
-    least: int = Field(default=1, ge=1)
-    most: int | None = Field(default=None, ge=1, description="null runs `least` of them, always")
-
-    @model_validator(mode="after")
-    def _ordered(self) -> Self:
-        if self.most is not None and self.most < self.least:
-            raise ValueError(f"most ({self.most}) is less than least ({self.least})")
-        return self
-
-
-class ServeConfig(Config):
-    """Everything about one endpoint."""
-
-    source: str = Field(description="the folder of a run or of a checkpoint, or pocket/NAME")
-    defense: str | None = Field(default=None, description="which point, where a run has several")
-    name: str | None = Field(
-        default=None, description="of the model, for clients; null takes the source's last part"
-    )
-    engine: Kind = "auto"
-    decoding: tuple[dict[str, Any], ...] | None = Field(
-        default=None, description="decoding-stage defenses; null takes the point's"
-    )
-    undefended: str | None = Field(
-        default=None,
-        description="`teacher` (the point's) or a checkpoint that keys with a distillation licence "
-        "may ask; null serves no undefended model at all",
-    )
-    demo: bool = Field(
-        default=False, description="let the page show the undefended teacher; loopback only"
-    )
-    report: bool = Field(
-        default=False,
-        description="link the run's report on the page for everybody; it quotes undefended traces, "
-        "so that without this only a demonstration shows it",
-    )
-    rows: int = Field(default=32, ge=1, description="completions an engine computes side by side")
-    context: int | None = Field(default=None, ge=2, description="null takes the model's")
-    engines: Replicas = Field(default_factory=Replicas)
-    gateways: Replicas = Field(default_factory=lambda: Replicas(least=1, most=2))
-    gpus: float = Field(default=0.0, ge=0, description="of each engine")
-    cpus: float = Field(default=0.5, gt=0, description="of each engine; Ray's book-keeping only")
-    host: str = "127.0.0.1"
-    port: int = Field(default=8000, ge=1, le=65535)
-    store: str | None = Field(default=None, description="folder of keys, quotas and logs")
-    redis: str | None = Field(
-        default=None,
-        description="address of a Redis for keys and quotas, where there are several nodes",
-    )
-    policy: Policy = Field(default_factory=Policy)
-
-    @model_validator(mode="after")
-    def _guarded(self) -> Self:
-        if self.demo and not is_loopback(self.host):
-            raise ValueError(
-                f"demo shows the undefended teacher without a key, so host must be a loopback "
-                f"address, got {self.host}"
-            )
-        for part in self.decoding or ():
-            if defenses.resolve(dict(part)).stage != "decoding":
-                raise ValueError(f"{part['name']} is no defense of stage decoding")
-        return self
-
-    @property
-    def folder(self) -> Path:
-        return (Path(self.store) if self.store else default_store()).expanduser().resolve()
-
-    @property
-    def called(self) -> str:
-        """The model's name, for clients."""
-        return self.name or Path(self.source).name or "azeotrope"
-
-
-def is_loopback(host: str) -> bool:
+    Args:
+        policy: a YAML file of rules.
+        write: a file to write for `serve deploy`, in place of serving.
+        redis: where keys and quotas are, unless an override says otherwise.
+    """
+    console = Console()
+    data: dict[str, Any] = {"source": source}
+    if policy is not None:
+        data["policy"] = load_config(Policy, Path(policy)).dump()
+    if redis is not None:
+        data["redis"] = redis
+    config = build_config(ServeConfig, data, overrides)
+    if write is not None:
+        # Checked like the other, but the stores are those of the machine that will serve.
+        application(config)
+        _write(config, Path(write), console)
+        return
+    app = build(config)
+    check_network(config)
+    # Numbers of processes that are gone would be counted again.
+    shutil.rmtree(metrics_folder(config), ignore_errors=True)
+    started = time.perf_counter()
+    with _step(console, "starting Ray"):
+        session.start(Resources(), offline=True)
     try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+        _check_dashboard()
+        with _step(console, "starting Serve"):
+            _start_serve(config)
+        with _step(console, "loading the model"):
+            _run(app)
+            _wait_until_ready(config)
+        stopped = _interrupts()
+        point = find_point(config.source, config.defense)
+        _announce(console, config, point, time.perf_counter() - started)
+        stopped.wait()
+        console.print("stopping: answers that were begun are finished")
+    finally:
+        _drain(config.policy.timeout_s + DRAIN_S)
+        session.stop()
 
 
-def build(args: ServeConfig) -> serve.Application:
-    """The Serve application of a configuration: what `serve run` and `serve deploy` call.
+@contextlib.contextmanager
+def _step(console: Console, what: str) -> Iterator[None]:
+    """Show what is being waited for and how long already; leave a line that says how long."""
+    started = time.perf_counter()
+    columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
+    hidden = not console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=hidden) as progress:
+        progress.add_task(what, total=None)
+        yield
+    console.print(f"{what}: {time.perf_counter() - started:.1f} s")
+
+
+def _interrupts() -> threading.Event:
+    """Set by the first SIGINT or SIGTERM; a second SIGINT cuts off what is not finished.
+
+    Only for the time after the start: Ray puts handlers of its own in the place of earlier ones,
+    and until then those do what is wanted, which is to give up.
+    """
+    stopped = threading.Event()
+
+    def stop(_: int, __: FrameType | None) -> None:
+        stopped.set()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+    return stopped
+
+
+def _start_serve(config: ServeConfig) -> None:
+    # It would say once more, in its own way, what is on the console already.
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    serve.start(
+        http_options=HTTPOptions(host=config.host, port=config.port),
+        logging_config=LOGGING,
+    )
+
+
+def _run(app: serve.Application) -> None:
+    try:
+        serve.run(app, name=APP, route_prefix="/")
+    except RuntimeError as error:
+        # Serve keeps the replica's own error in its status.
+        known = serve.status().applications.get(APP)
+        deployments = known.deployments.values() if known else ()
+        said = [item.message.strip() for item in deployments if item.message.strip()]
+        last = said[0].splitlines()[-1] if said else str(error)
+        raise ConfigError(f"the application does not start: {last}") from error
+
+
+def _wait_until_ready(config: ServeConfig) -> None:
+    host = config.host if config.host not in {"0.0.0.0", "::"} else "127.0.0.1"
+    shown = f"[{host}]" if ":" in host else host
+    until = time.monotonic() + READY_TIMEOUT_S
+    while time.monotonic() < until:
+        try:
+            with urllib.request.urlopen(f"http://{shown}:{config.port}/readyz", timeout=5):
+                return
+        except (urllib.error.URLError, TimeoutError, ConnectionError):
+            time.sleep(POLL_S)
+    raise ConfigError(
+        f"the endpoint was not ready after {READY_TIMEOUT_S:.0f} s; see the logs under "
+        "/tmp/ray/session_latest/logs/serve"
+    )
+
+
+def _announce(console: Console, config: ServeConfig, point: Point, seconds: float) -> None:
+    url = f"http://{config.host}:{config.port}"
+    what = "an undefended checkpoint" if point.defense == "none" else point.defense
+    console.print(
+        f"[bold]{config.called}[/bold] ({what}) is served at {url}/v1 after {seconds:.0f} s",
+        soft_wrap=True,
+    )
+    keys = open_keys(config.folder, config.redis, must_exist=True).list()
+    if not keys:
+        # Without the address itself: there may be a password in it.
+        where = " --redis URL" if config.redis else ""
+        console.print(
+            f"there is no key yet; in another terminal: azeotrope keys create NAME{where}"
+        )
+    for key in unserved(keys, config.policy):
+        console.print(
+            f"key {key.id} is refused: the policy has no tier {key.tier!r}",
+            style="yellow",
+            markup=False,
+            soft_wrap=True,
+        )
+    if config.demo:
+        console.print(f"[bold red]DEMO: {url}/ shows the undefended teacher[/bold red]")
+    if not is_loopback(config.host):
+        console.print("bound to a public address: put TLS in front of it, see docs/serving.md")
+
+
+def unserved(keys: Sequence[KeyRecord], policy: Policy) -> list[KeyRecord]:
+    """Active keys of a tier that the policy does not have: gateways refuse them."""
+    now = time.time()
+    return [key for key in keys if key.is_active(now) and key.tier not in policy.tiers]
+
+
+def _drain(within_s: float) -> None:
+    """Take no more requests and let replicas finish what was begun.
+
+    Serve's own shutdown would cut that off, for it ends its proxies first.
+    """
+    with contextlib.suppress(RayServeException, RayError):
+        serve.delete(APP, _blocking=False)
+        until = time.monotonic() + within_s
+        while APP in serve.status().applications and time.monotonic() < until:
+            time.sleep(POLL_S)
+        # A Ray of one's own takes Serve with it; in a cluster others may serve too.
+        if os.environ.get("RAY_ADDRESS") and not serve.status().applications:
+            serve.shutdown()
+
+
+def check_network(config: ServeConfig) -> None:
+    """Whether the port can be had, on the address that is meant and no other.
 
     Raises:
-        ConfigError: if the point cannot be served.
-        StoreError: if the stores cannot be opened.
+        ConfigError: if not.
     """
-    app = application(args)
-    _open_stores(args)
-    return app
+    if os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1" and is_loopback(config.host):
+        raise ConfigError(
+            "RAY_SERVE_ENABLE_HA_PROXY=1 binds to every address whatever `host` says; unset it, "
+            "or set host to what you mean"
+        )
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((config.host, config.port))
+        except OSError as error:
+            raise ConfigError(
+                f"cannot listen on {config.host}:{config.port}: {error.strerror}; "
+                "take another with port=NUMBER"
+            ) from None
 
 
-def application(args: ServeConfig) -> serve.Application:
-    """The same, where the stores are not: on a machine that only writes the file.
+def _check_dashboard() -> None:
+    context = ray.init(ignore_reinit_error=True, logging_level=logging.ERROR)
+    check_dashboard(context.address_info.get("webui_url") or "")
+
+
+def check_dashboard(url: str) -> None:
+    """Whoever reaches an open dashboard runs any code here, the undefended teacher included.
 
     Raises:
-        ConfigError: if the point cannot be served.
+        ConfigError: if it listens publicly and asks for no token.
     """
-    point = find_point(args.source, args.defense)
-    decoding = point.decoding if args.decoding is None else args.decoding
-    _check_defenses(decoding)
-    clean = _undefended(args, point)
-    settings = EngineSettings(
-        checkpoint=point.checkpoint,
-        kind=engines.chosen(args.engine),
-        decoding=decoding,
-        rows=args.rows,
-        # Twice a full batch may wait: longer queues only make clients time out.
-        queue=2 * args.rows,
-        context=args.context,
-    )
-    served = engines.deployment(settings, "Defended", _engine_options(args))
-    licensed = None
-    if clean is not None:
-        other = settings.model_copy(update={"checkpoint": clean, "decoding": ()})
-        licensed = engines.deployment(other, "Undefended", _engine_options(args))
-    gateway = GatewaySettings(
-        name=args.called,
-        tokenizer=point.checkpoint,
-        context=args.context,
-        boundary=point.boundary,
-        rewriting=point.rewriting,
-        policy=args.policy,
-        store=str(args.folder),
-        redis=args.redis,
-        demo=args.demo,
-        task=point.task or (PocketConfig() if _is_pocket(point.checkpoint) else None),
-        report=point.report if args.demo or args.report else None,
-    )
-    return (
-        serve.deployment(GatewayReplica)
-        .options(name="Gateway", **_gateway_options(args))  # type: ignore[attr-defined]
-        .bind(gateway.dump(), served, licensed)
-    )
+    host = url.rpartition(":")[0].strip("[]")
+    if host and not is_loopback(host) and os.environ.get("RAY_AUTH_MODE") != "token":
+        raise ConfigError(
+            f"Ray's dashboard listens on {host} without a token; set RAY_AUTH_MODE=token on every "
+            "node, or start the head with --dashboard-host=127.0.0.1"
+        )
 
 
-def _engine_options(args: ServeConfig) -> dict[str, Any]:
-    return {
-        # A full batch and its queue; what is above that is refused and not kept waiting.
-        "max_ongoing_requests": 3 * args.rows,
-        # For each gateway, while replicas are being replaced.
-        "max_queued_requests": args.rows,
-        "autoscaling_config": {
-            "min_replicas": args.engines.least,
-            "initial_replicas": args.engines.least,
-            "max_replicas": args.engines.most or args.engines.least,
-            # Another copy before the batch is full: a new one needs a while to load.
-            "target_ongoing_requests": max(1.0, 0.75 * args.rows),
-            "upscale_delay_s": 10.0,
-            # Loading weights is dear, and traffic comes in waves of minutes.
-            "downscale_delay_s": 300.0,
-        },
-        # A step of a large batch can hold an engine for seconds; it is not dead then.
-        "health_check_period_s": 5.0,
-        "health_check_timeout_s": 60.0,
-        # Every answer that was begun may be finished.
-        "graceful_shutdown_timeout_s": args.policy.timeout_s + DRAIN_S,
-        "graceful_shutdown_wait_loop_s": DRAIN_POLL_S,
-        "logging_config": LOGGING,
-        "ray_actor_options": {
-            "num_cpus": args.cpus,
-            "num_gpus": args.gpus,
-            "runtime_env": {"env_vars": REPLICA_ENV},
-        },
-    }
-
-
-def _gateway_options(args: ServeConfig) -> dict[str, Any]:
-    in_flight = args.policy.in_flight
-    return {
-        # Above the gateway's own limit, whose refusals are in the shape that clients understand.
-        "max_ongoing_requests": in_flight + 64,
-        "max_queued_requests": 64,
-        "backpressure_config": BackpressureConfig(status_code=503, retry_after_s=1.0),
-        "autoscaling_config": {
-            "min_replicas": args.gateways.least,
-            "initial_replicas": args.gateways.least,
-            "max_replicas": args.gateways.most or args.gateways.least,
-            "target_ongoing_requests": max(1.0, in_flight / 2),
-            "upscale_delay_s": 5.0,
-            "downscale_delay_s": 120.0,
-        },
-        "health_check_period_s": 5.0,
-        "health_check_timeout_s": 30.0,
-        "graceful_shutdown_timeout_s": args.policy.timeout_s + DRAIN_S,
-        "graceful_shutdown_wait_loop_s": DRAIN_POLL_S,
-        "logging_config": LOGGING,
-        "user_config": args.policy.dump(),
-        # Mostly waiting: it reads, counts and writes.
-        "ray_actor_options": {
-            "num_cpus": 0.1,
-            "runtime_env": {"env_vars": REPLICA_ENV | environment(metrics_folder(args))},
-        },
-    }
-
-
-def _undefended(args: ServeConfig, point: Point) -> str | None:
-    wanted = args.undefended or ("teacher" if args.demo else None)
-    if wanted is None:
-        return None
-    if wanted == "teacher":
-        if point.teacher is None:
-            raise ConfigError(
-                f"{args.source} does not say which undefended teacher it came from; "
-                "name a checkpoint with undefended=PATH"
-            )
-        wanted = point.teacher
-    try:
-        return models.resolve(wanted)
-    except FileNotFoundError as error:
-        raise ConfigError(f"undefended: {error}") from None
-
-
-def _check_defenses(decoding: tuple[dict[str, Any], ...]) -> None:
-    """A secret that is printed in the documentation protects nothing."""
-    for part in decoding:
-        defense = defenses.resolve(dict(part))
-        if defense.uses_public_key:
-            raise ConfigError(
-                f"defense {part['name']} has the key that everybody knows; "
-                "give it one of your own (key=...)"
-            )
-
-
-def _is_pocket(checkpoint: str) -> bool:
-    return Path(checkpoint).parent == models.POCKET
-
-
-def _open_stores(args: ServeConfig) -> None:
-    """Have the stores, so that replicas find them: they refuse to start without."""
-    open_keys(args.folder, args.redis)
-
-
-def metrics_folder(config: ServeConfig) -> Path:
-    """What the processes of one endpoint count into; another endpoint has another port."""
-    return config.folder / METRICS / str(config.port)
-
-
-def deploy_file(config: ServeConfig) -> dict[str, Any]:
-    """What `serve deploy` reads. Ray's own `serve build` would bind to every address.
-
-    The policy is there twice. A change in the arguments makes every replica anew; one in
-    `user_config` reaches the gateways while they run.
-    """
-    return {
-        "proxy_location": "EveryNode",
-        "http_options": {"host": config.host, "port": config.port},
-        "logging_config": LOGGING,
-        "applications": [
-            {
-                "name": APP,
-                "route_prefix": "/",
-                "import_path": "workflows.serve:build",
-                "args": config.dump(),
-                "deployments": [{"name": "Gateway", "user_config": config.policy.dump()}],
-            }
-        ],
-    }
-
-
-def __getattr__(name: str) -> serve.Application:
-    """`workflows.serve:app` is built when somebody asks for it: `serve build` wants an object."""
-    path = os.environ.get(CONFIG)
-    if name != "app" or not path:
-        raise AttributeError(f"no {name} here; for `app` set {CONFIG} to a YAML file")
-    return build(load_config(ServeConfig, Path(path)))
+def _write(config: ServeConfig, path: Path, console: Console) -> None:
+    # Whoever deploys it has another working directory, and perhaps another home.
+    places = {"store": str(config.folder)}
+    if Path(config.source).exists():
+        places["source"] = str(Path(config.source).resolve())
+    file = deploy_file(config.model_copy(update=places))
+    path.write_text(yaml.safe_dump(file, sort_keys=False))
+    console.print(f"wrote {path}; start it with: serve deploy {path}", soft_wrap=True)

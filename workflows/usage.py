@@ -7,9 +7,9 @@ from rich.table import Table
 from rich.text import Text
 
 from azeotrope.config import ConfigError
-from azeotrope.gateway.key_records import UNDEFENDED
-from azeotrope.gateway.stores import open_ledger
-from workflows.keys import default_store, existing_keys
+from gateway.accounts.key_records import UNDEFENDED
+from gateway.accounts.stores import default_store, open_ledger
+from workflows.keys import existing_keys
 
 
 def main(key: str | None, store: Path | None, redis: str | None = None) -> None:

@@ -9,11 +9,11 @@ import sys
 from rich.console import Console
 from rich.table import Table
 
-from azeotrope import smollm2
+from azeotrope.pocket import smollm2
 from azeotrope.tasks import is_local
+from experiment.preflight import is_here, preflight
+from experiment.settings import ExperimentConfig, load
 from workflows.pipeline import cells_of
-from workflows.preflight import is_here, preflight
-from workflows.settings import ExperimentConfig, load
 
 _HUB = "hub: downloaded when the run starts, unless the hub's cache has it"
 

@@ -10,9 +10,9 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from azeotrope import divergences
 from azeotrope.attacks.logits import LogitAttack, LogitConfig
-from azeotrope.divergences import Divergence
+from azeotrope.logits import divergences
+from azeotrope.logits.divergences import Divergence
 
 _RANGE = {"abkd": (0.2, 0.9), "original": (-1.0, 1.0)}
 

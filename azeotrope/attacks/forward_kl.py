@@ -7,9 +7,9 @@ arXiv:1503.02531.
 
 from typing import Literal
 
-from azeotrope import divergences
 from azeotrope.attacks.logits import LogitAttack, LogitConfig
-from azeotrope.divergences import Divergence
+from azeotrope.logits import divergences
+from azeotrope.logits.divergences import Divergence
 
 
 class Config(LogitConfig):

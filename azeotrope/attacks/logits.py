@@ -24,19 +24,19 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from azeotrope import heads
-from azeotrope.alignment import Meeting, meetings, next_pieces, same_vocabulary, spellings
 from azeotrope.attacks.base import Attack, AttackConfig
-from azeotrope.divergences import Divergence
-from azeotrope.features import Features
-from azeotrope.inversion import Inversion, fit_inversion
+from azeotrope.heads import chunked
+from azeotrope.heads.features import Features
+from azeotrope.logits.alignment import Meeting, meetings, next_pieces, same_vocabulary, spellings
+from azeotrope.logits.divergences import Divergence
+from azeotrope.logits.inversion import Inversion, fit_inversion
+from azeotrope.logits.observation import Events, View, as_events, merged, observe, temper
+from azeotrope.logits.vocabulary import token_rows
 from azeotrope.models import Loaded
-from azeotrope.observation import Events, View, as_events, merged, observe, temper
 from azeotrope.tasks.base import Task
 from azeotrope.tokens import Boundary, Example, collate, encode
 from azeotrope.traces import Trace
 from azeotrope.training import TokenSum
-from azeotrope.vocabulary import token_rows
 
 
 class LogitConfig(AttackConfig):
@@ -101,7 +101,7 @@ class TeacherHead:
         self.model = model
 
     def logits(self, hidden: Float[Tensor, "tokens hidden"]) -> Float[Tensor, "tokens vocab"]:
-        return heads.logits(hidden.float(), self.weight, self.bias)
+        return chunked.logits(hidden.float(), self.weight, self.bias)
 
     def pairs(self, count: int) -> tuple[Tensor, Tensor]:
         """Clean and defended logits of `count` positions, drawn at random from all texts.
@@ -120,7 +120,7 @@ class TeacherHead:
             )
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
         hidden = rows[order[:count].to(rows.device)].to(self.weight.device).float()
-        return heads.logits(hidden, *self.snapshot), self.logits(hidden)
+        return chunked.logits(hidden, *self.snapshot), self.logits(hidden)
 
 
 def _cut(weight: Tensor, bias: Tensor | None, rows: int) -> tuple[Tensor, Tensor | None]:
@@ -163,7 +163,7 @@ class LogitAttack(Attack):
 
     needs = "logits"
 
-    def __init__(self, config: Any, *, budget: int = heads.LOGITS_BUDGET) -> None:
+    def __init__(self, config: Any, *, budget: int = chunked.LOGITS_BUDGET) -> None:
         super().__init__(config)
         self.budget = budget
         self.teacher: TeacherHead | None = None
@@ -257,7 +257,7 @@ class LogitAttack(Attack):
         """The mixed loss of some lessons, summed over the student's tokens."""
         pad = int(student.tokenizer.pad_token_id)  # type: ignore[arg-type]
         batch = collate([item.example for item in items], pad).to(student.device)
-        hidden = heads.hidden_states(student.model, batch)
+        hidden = chunked.hidden_states(student.model, batch)
         head = student.model.get_output_embeddings()
         row, asked = _places(items, student.device)
         weight, bias = head.weight, head.bias  # type: ignore[union-attr]
@@ -286,7 +286,7 @@ class LogitAttack(Attack):
         asked: _Asked,
     ) -> Tensor:
         """Summed cross-entropy of some tokens, and each divergence's weighted sum."""
-        logits = heads.logits(states, weight, bias)
+        logits = chunked.logits(states, weight, bias)
         sft = F.cross_entropy(logits, labels, reduction="sum")
         kd = [sft.new_zeros(()) for _ in self.divergences()]
         compared = (row >= 0).nonzero()[:, 0] if self.config.kd_weight else row[:0]
@@ -337,7 +337,7 @@ class LogitAttack(Attack):
         with torch.enable_grad():
             states = states.requires_grad_(True)
             fixed = weight.detach(), None if bias is None else bias.detach()
-            logits = heads.logits(states, *fixed)
+            logits = chunked.logits(states, *fixed)
             sft = F.cross_entropy(logits, labels, reduction="sum")
             kd = torch.stack(self._compare(logits, events)).sum()
             one, other = (torch.autograd.grad(x, states, retain_graph=True)[0] for x in (sft, kd))
@@ -363,7 +363,7 @@ def by_chunks(
     part: Callable[..., Tensor], arguments: tuple[Tensor, ...], width: int, budget: int
 ) -> Tensor:
     """The sum of `part` over chunks of tokens, whose logits are computed again going backwards."""
-    pieces = list(heads.chunks(len(arguments[0]), width, budget))
+    pieces = list(chunked.chunks(len(arguments[0]), width, budget))
     if len(pieces) == 1:
         return part(*arguments)
     sums = (

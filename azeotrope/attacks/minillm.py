@@ -30,13 +30,14 @@ from jaxtyping import Float
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from azeotrope import divergences, heads
-from azeotrope.alignment import same_vocabulary
 from azeotrope.attacks.logits import LogitAttack, LogitConfig, TeacherHead, by_chunks, read_as
 from azeotrope.generation import Sampling, generate
+from azeotrope.heads import chunked
+from azeotrope.logits import divergences
+from azeotrope.logits.alignment import same_vocabulary
+from azeotrope.logits.observation import View
 from azeotrope.mixture import Mixture
 from azeotrope.models import Loaded
-from azeotrope.observation import View
 from azeotrope.tasks.base import Task
 from azeotrope.tokens import Boundary, Example, collate
 from azeotrope.traces import Trace, row_seed
@@ -107,7 +108,7 @@ class MiniLlm(LogitAttack):
         is written is decided by the text's id and torch's seed, which `fit` sets at every step.
         """
         pad = int(student.tokenizer.pad_token_id)  # type: ignore[arg-type]
-        text = heads.sequence_loss(student.model, collate(items, pad).to(student.device))
+        text = chunked.sequence_loss(student.model, collate(items, pad).to(student.device))
         weight = self.config.kd_weight
         total = (1 - weight) * text.total
         if weight:
@@ -162,7 +163,7 @@ class MiniLlm(LogitAttack):
         temperature = self.config.temperature
 
         def both(ours: Tensor, theirs: Tensor) -> tuple[Tensor, Tensor]:
-            logits = heads.logits(ours, weight, bias)[:, : teacher.rows]  # type: ignore[arg-type]
+            logits = chunked.logits(ours, weight, bias)[:, : teacher.rows]  # type: ignore[arg-type]
             return tuple(  # type: ignore[return-value]
                 (x / temperature).log_softmax(-1) for x in (logits, teacher.logits(theirs))
             )
@@ -179,12 +180,12 @@ class MiniLlm(LogitAttack):
             step = divergences.reverse_kl(log_p, log_q) - (chosen - chosen.detach())
             return (scale * step).sum()
 
-        ours = heads.hidden_states(student.model, batch)
+        ours = chunked.hidden_states(student.model, batch)
         labels, sizes = batch.targets[batch.mask], [len(item.completion) for item in written]
         width = max(len(weight), teacher.rows)  # type: ignore[arg-type]
         with torch.no_grad():
-            theirs = heads.hidden_states(teacher.model, batch)
-            pieces = heads.chunks(len(labels), width, self.budget)
+            theirs = chunked.hidden_states(teacher.model, batch)
+            pieces = chunked.chunks(len(labels), width, self.budget)
             log_q, log_p = torch.cat([said(ours[x], theirs[x], labels[x]) for x in pieces], -1)
             reward = log_p - log_q
             # q / m with both divided by q.

@@ -7,9 +7,9 @@ Reference: Gu et al. 2023, "MiniLLM", arXiv:2306.08543.
 
 from typing import Literal
 
-from azeotrope import divergences
 from azeotrope.attacks.logits import LogitAttack, LogitConfig
-from azeotrope.divergences import Divergence
+from azeotrope.logits import divergences
+from azeotrope.logits.divergences import Divergence
 
 
 class Config(LogitConfig):

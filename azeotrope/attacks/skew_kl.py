@@ -8,9 +8,9 @@ from typing import Literal
 
 from pydantic import Field
 
-from azeotrope import divergences
 from azeotrope.attacks.logits import LogitAttack, LogitConfig
-from azeotrope.divergences import Divergence
+from azeotrope.logits import divergences
+from azeotrope.logits.divergences import Divergence
 
 
 class Config(LogitConfig):

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from azeotrope.attacks.base import Attack, AttackConfig
-from azeotrope.heads import sequence_loss
+from azeotrope.heads.chunked import sequence_loss
 from azeotrope.models import Loaded
 from azeotrope.tasks.base import Task
 from azeotrope.tokens import Boundary, Example, collate, encode

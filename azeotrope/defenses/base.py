@@ -15,10 +15,10 @@ from torch import Tensor, nn
 import azeotrope.defenses
 from azeotrope.config import Config, ConfigError
 from azeotrope.config import build as build_config
-from azeotrope.features import FeatureBatch
+from azeotrope.heads.features import FeatureBatch
+from azeotrope.logits.vocabulary import SharedVocabulary
 from azeotrope.tokens import Boundary
 from azeotrope.training import TokenSum
-from azeotrope.vocabulary import SharedVocabulary
 
 Stage = Literal["weights", "decoding", "text"]
 

@@ -7,7 +7,7 @@
 g(z) is the gradient of a frozen surrogate student's distillation loss, with respect to one of its
 layers, when the teacher's logits are z. Cross-entropy keeps the teacher useful; the cosine falls
 when what a student would learn from z' points elsewhere than what it would learn from z. The
-matrix folds into the output head, so serving it costs nothing (`azeotrope.folding`).
+matrix folds into the output head, so serving it costs nothing (`azeotrope.heads.folding`).
 
 For forward KL, g is linear in the teacher's probabilities, so no double backward is needed: with
 J = d s / d theta of the student's logits s, and v = d cos / d g',
@@ -31,11 +31,12 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
-from azeotrope import divergences, heads
 from azeotrope.defenses.base import Defense, DefenseConfig, Head
-from azeotrope.features import FeatureBatch
-from azeotrope.folding import fold
-from azeotrope.surrogate import Surrogate
+from azeotrope.heads import chunked
+from azeotrope.heads.features import FeatureBatch
+from azeotrope.heads.folding import fold
+from azeotrope.heads.surrogate import Surrogate
+from azeotrope.logits import divergences
 from azeotrope.training import NonFiniteLossError, TokenSum
 
 Contexts = Literal["own", "truth", "both"]
@@ -131,12 +132,12 @@ class LowRankHead(Head):
 
     def logits(self, hidden: Float[Tensor, "tokens hidden"]) -> Float[Tensor, "tokens rows"]:
         """Defended logits of the rows that are tokens."""
-        plain = heads.logits(hidden, self.base_weight, self.base_bias)[:, : self.rows]
+        plain = chunked.logits(hidden, self.base_weight, self.base_bias)[:, : self.rows]
         seen = plain if self.on_logits else hidden
         return plain + F.linear(F.linear(seen, self.down), self.up)
 
     def clean_logits(self, hidden: Float[Tensor, "tokens hidden"]) -> Float[Tensor, "tokens rows"]:
-        return heads.logits(hidden, self.clean_weight, self.clean_bias)[:, : self.rows]
+        return chunked.logits(hidden, self.clean_weight, self.clean_bias)[:, : self.rows]
 
     @torch.no_grad()
     def folded(self) -> Head:
@@ -168,7 +169,7 @@ class Cmi(Defense):
     stage = "weights"
     needs_proxies = True
 
-    def __init__(self, config: Config, *, budget: int = heads.LOGITS_BUDGET) -> None:
+    def __init__(self, config: Config, *, budget: int = chunked.LOGITS_BUDGET) -> None:
         super().__init__(config)
         self.budget = budget
         self.strength = config.strength
@@ -238,7 +239,7 @@ class Cmi(Defense):
     def _utility(self, head: LowRankHead, batch: FeatureBatch, scale: float) -> float:
         """Summed cross-entropy times `scale`; its gradient is in the head afterwards."""
         total = 0.0
-        for part in heads.chunks(len(batch.targets), head.rows, self.budget):
+        for part in chunked.chunks(len(batch.targets), head.rows, self.budget):
             states, targets = batch.teacher[part].float(), batch.targets[part]
             if self.config.targets == "greedy":
                 targets = head.clean_logits(states).argmax(-1)
@@ -296,7 +297,7 @@ class Cmi(Defense):
             for name in clean
         }
         moved = surrogate.moved(tensors, along, texts.inputs, texts.rows, texts.counts)
-        for part in heads.chunks(len(texts.teacher), head.rows, self.budget):
+        for part in chunked.chunks(len(texts.teacher), head.rows, self.budget):
             log_p = self._log_softmax(self._restrained(head, texts.teacher[part].float()))
             value = -scale * (log_p.exp() * moved(part)).sum()
             value.backward()
@@ -316,7 +317,7 @@ class Cmi(Defense):
         in_head = (
             [torch.zeros_like(surrogate.weight) for _ in range(2)] if surrogate.in_head else []
         )
-        for part in heads.chunks(len(states), head.rows, self.budget):
+        for part in chunked.chunks(len(states), head.rows, self.budget):
             hidden, teacher = states[part].detach(), texts.teacher[part].float()
             q = self._log_softmax(surrogate.logits(hidden)).exp()
             pair = tuple(
@@ -347,7 +348,7 @@ class Cmi(Defense):
         with torch.enable_grad():
             states = surrogate.hidden(tensors, texts.inputs, texts.rows, texts.counts)
             weight = tensors.get("lm_head.weight", surrogate.weight)
-            log_q = self._log_softmax(heads.logits(states.float(), weight, surrogate.bias))
+            log_q = self._log_softmax(chunked.logits(states.float(), weight, surrogate.bias))
             teacher = texts.teacher.float()
             with torch.no_grad():
                 clean = self._log_softmax(head.clean_logits(teacher))

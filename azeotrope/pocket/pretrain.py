@@ -21,8 +21,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from azeotrope import heads, tokens
+from azeotrope import tokens
 from azeotrope.generation import Sampling, generate
+from azeotrope.heads import chunked
 from azeotrope.models import POCKET, Loaded, parameter_count, save
 from azeotrope.pocket import language
 from azeotrope.pocket.family import FAMILY, Member, Phase
@@ -67,8 +68,8 @@ def train(member: Member, folder: Path) -> None:
     for number, phase in enumerate(member.phases):
         data = corpus(tokenizer, phase, seed=1000 * phase.fit.seed + number + 1)
 
-        def loss(items: list[tokens.Example]) -> heads.TokenSum:
-            return heads.sequence_loss(model, tokens.collate(items, pad))
+        def loss(items: list[tokens.Example]) -> chunked.TokenSum:
+            return chunked.sequence_loss(model, tokens.collate(items, pad))
 
         def report(entry: LogEntry) -> None:
             if entry.step % 100 == 0:

@@ -20,14 +20,14 @@ from azeotrope.attacks.logits import LogitAttack, TeacherHead
 from azeotrope.config import Config, ConfigError
 from azeotrope.defenses import base as defenses
 from azeotrope.defenses.base import Defense, Head, ProxyHead, Stage
-from azeotrope.features import FeatureBatch, FeaturePair, Features, compute, join
-from azeotrope.head_training import HeadTraining, train_head
+from azeotrope.heads.features import FeatureBatch, FeaturePair, Features, compute, join
+from azeotrope.heads.search import HeadTraining, train_head
+from azeotrope.heads.surrogate import Surrogate
+from azeotrope.logits.vocabulary import SharedVocabulary
 from azeotrope.models import Loaded, head_of, load, load_tokenizer
-from azeotrope.surrogate import Surrogate
 from azeotrope.tokens import Boundary, encode
 from azeotrope.traces import Trace, ground_truth
-from azeotrope.vocabulary import SharedVocabulary
-from workflows import settings
+from experiment import settings
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted(settings.CONFIGS.glob("*.yaml"))

@@ -26,12 +26,12 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
     from witness import Guarded, Reference
 
-    from azeotrope.batching import TransformersEngine
-    from azeotrope.gateway.engine import Engine
-    from azeotrope.gateway.ledger import Usage
-    from azeotrope.gateway.policy import Policy
-    from azeotrope.gateway.service import Gateway
+    from azeotrope.engine.protocol import Engine
+    from azeotrope.engine.transformers import TransformersEngine
     from azeotrope.models import Loaded
+    from gateway.accounts.ledger import Usage
+    from gateway.policy import Policy
+    from gateway.service import Gateway
 
 START_S, STOP_S, SETTLE_S = 20.0, 10.0, 10.0
 POLL_S = 0.01
@@ -59,7 +59,7 @@ def teacher() -> "Loaded":
 @pytest.fixture(scope="session")
 def engine(teacher: "Loaded") -> "Iterator[TransformersEngine]":
     """One engine for all tests: requests of several event loops may meet in it."""
-    from azeotrope.batching import TransformersEngine
+    from azeotrope.engine.transformers import TransformersEngine
 
     engine = TransformersEngine(teacher)
     yield engine
@@ -71,7 +71,7 @@ def marked(teacher: "Loaded") -> "Iterator[TransformersEngine]":
     """The teacher behind a decoding defense that moves nearly every number."""
     from witness import WATERMARK
 
-    from azeotrope.batching import TransformersEngine
+    from azeotrope.engine.transformers import TransformersEngine
 
     engine = TransformersEngine(teacher, decoding=[WATERMARK])
     yield engine
@@ -92,12 +92,12 @@ def gateway_factory(
 ) -> Iterator[GatewayFactory]:
     """Makes gateways; see the top of this file."""
     from azeotrope import models
-    from azeotrope.gateway.admitted import Model
-    from azeotrope.gateway.audit_log import AuditLog
-    from azeotrope.gateway.keys import KeyStore
-    from azeotrope.gateway.ledger import SqliteLedger
-    from azeotrope.gateway.policy import Policy
-    from azeotrope.gateway.service import Gateway
+    from gateway.accounts.ledger import SqliteLedger
+    from gateway.accounts.sqlite_keys import KeyStore
+    from gateway.admitted import Model
+    from gateway.policy import Policy
+    from gateway.records.audit_log import AuditLog
+    from gateway.service import Gateway
 
     made: list[Gateway] = []
     default = engine

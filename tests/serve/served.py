@@ -15,8 +15,8 @@ from typing import NamedTuple
 import httpx
 import psutil
 
-from azeotrope.gateway.keys import KEYS_FILE, KeyStore
-from azeotrope.gateway.ledger import LEDGER_FILE, SqliteLedger, Usage
+from gateway.accounts.ledger import LEDGER_FILE, SqliteLedger, Usage
+from gateway.accounts.sqlite_keys import KEYS_FILE, KeyStore
 
 READY_S, STOP_S, POLL_S = 120.0, 60.0, 0.1
 

@@ -8,11 +8,11 @@ from collections.abc import Callable
 import pytest
 
 from azeotrope.config import ConfigError, build
-from azeotrope.gateway import engine_fields
-from azeotrope.gateway.app import create_app
-from azeotrope.gateway.engine_fields import EngineFields, Rulings, differences
-from azeotrope.gateway.requests import ChatRequest, CompletionRequest
-from azeotrope.gateway.service import Gateway
+from gateway.audit import engine_fields
+from gateway.audit.engine_fields import EngineFields, Rulings, differences
+from gateway.http.app import create_app
+from gateway.http.requests import ChatRequest, CompletionRequest
+from gateway.service import Gateway
 
 needs_vllm = pytest.mark.skipif(
     importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"

@@ -24,12 +24,12 @@ from witness import (
     send,
 )
 
-from azeotrope.gateway import engine_fields, probes
-from azeotrope.gateway.app import create_app
-from azeotrope.gateway.engine import Engine
-from azeotrope.gateway.policy import Policy, Tier
-from azeotrope.gateway.service import Gateway
+from azeotrope.engine.protocol import Engine
 from azeotrope.tokens import Boundary, decode, spans
+from gateway.audit import engine_fields, probes
+from gateway.http.app import create_app
+from gateway.policy import Policy, Tier
+from gateway.service import Gateway
 
 COUNT = int(os.environ.get("AZEOTROPE_FUZZ") or (10_000 if os.environ.get("CI") else 1_500))
 BATCH = 500

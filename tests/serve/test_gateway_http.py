@@ -15,13 +15,13 @@ from fastapi import FastAPI
 
 from azeotrope import tasks
 from azeotrope.defenses.answers_only import Config, build
-from azeotrope.gateway.app import create_app
-from azeotrope.gateway.engine import Chunk, Engine, EngineError, EngineRequest
-from azeotrope.gateway.policy import Policy, Tier
-from azeotrope.gateway.service import Gateway
+from azeotrope.engine.protocol import Chunk, Engine, EngineError, EngineRequest
 from azeotrope.generation import Sampling, generate
 from azeotrope.models import Loaded
 from azeotrope.tokens import Boundary, Message, decode, encode_prompt, without_reasoning
+from gateway.http.app import create_app
+from gateway.policy import Policy, Tier
+from gateway.service import Gateway
 
 DECIMALS = 4
 POLL_S, WAIT_S = 0.01, 10.0

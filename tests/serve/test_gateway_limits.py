@@ -14,14 +14,14 @@ import pytest
 from fastapi import FastAPI
 from witness import Call, FullLog, check_refusal, choices, decisions, send
 
-from azeotrope.batching import TransformersEngine
-from azeotrope.gateway import service
-from azeotrope.gateway.app import create_app
-from azeotrope.gateway.engine import Chunk, Engine, EngineRequest
-from azeotrope.gateway.keys import KeyStore
-from azeotrope.gateway.policy import Extraction, Policy, Tier
-from azeotrope.gateway.service import Gateway
+from azeotrope.engine.protocol import Chunk, Engine, EngineRequest
+from azeotrope.engine.transformers import TransformersEngine
 from azeotrope.models import Loaded
+from gateway import service
+from gateway.accounts.sqlite_keys import KeyStore
+from gateway.http.app import create_app
+from gateway.policy import Extraction, Policy, Tier
+from gateway.service import Gateway
 
 CHAT = "/v1/chat/completions"
 WAIT_S, POLL_S = 10.0, 0.01

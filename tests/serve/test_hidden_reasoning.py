@@ -20,9 +20,9 @@ from witness import (
     wide,
 )
 
-from azeotrope.gateway.policy import Policy
 from azeotrope.models import Loaded
 from azeotrope.tokens import Boundary, decode, spans
+from gateway.policy import Policy
 
 
 def summarised(text: str) -> tuple[str, str]:

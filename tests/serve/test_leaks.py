@@ -30,13 +30,7 @@ from witness import (
 )
 
 from azeotrope import models
-from azeotrope.gateway import audit, engine_fields, probes
-from azeotrope.gateway.app import create_app
-from azeotrope.gateway.key_records import UNDEFENDED
-from azeotrope.gateway.policy import Policy
-from azeotrope.gateway.requests import ChatRequest, CompletionRequest
-from azeotrope.models import Loaded
-from azeotrope.subspace import (
+from azeotrope.logits.subspace import (
     ModelOracle,
     RefusedError,
     Shown,
@@ -44,6 +38,12 @@ from azeotrope.subspace import (
     recover_subspace,
     sample_tokens,
 )
+from azeotrope.models import Loaded
+from gateway.accounts.key_records import UNDEFENDED
+from gateway.audit import engine_fields, probes, run
+from gateway.http.app import create_app
+from gateway.http.requests import ChatRequest, CompletionRequest
+from gateway.policy import Policy
 
 STRENGTHS = (0.5, None, 9.0)
 """None is the engine's own."""
@@ -58,9 +58,9 @@ def test_the_audit_finds_nothing(
 ) -> None:
     made = guarded()
     url = live_server(create_app(made.gateway))
-    found = audit.audit(f"{url}/v1", made.keys[tier])
+    found = run.audit(f"{url}/v1", made.keys[tier])
     assert [item for item in found if item.outcome != "held"] == []
-    assert len(found) == audit.count() > 100
+    assert len(found) == run.count() > 100
     assert made.undefended.asked == {}
     assert made.defended.asked != {}
 
@@ -71,13 +71,13 @@ def test_an_audit_says_what_it_has_not_seen(
     """A tier that takes no temperature of 0 is audited all the same; a key of one route is not."""
     made = guarded(Policy(tiers={"careful": wide(temperature=(0.3, 1.0))}))
     url = live_server(create_app(made.gateway))
-    found = {item.probe: item for item in audit.audit(f"{url}/v1", made.keys["careful"])}
+    found = {item.probe: item for item in run.audit(f"{url}/v1", made.keys["careful"])}
     assert {item.outcome for item in found.values()} == {"held"}
     for stream in ("stream", "completions: stream"):
         assert found[stream].seen == "nothing but text"
     assert found["chat: echo"].seen == "refused with 422"
     _, token = made.gateway.keys.create("chat alone", tier="careful", features=["chat"])
-    found = {item.probe: item for item in audit.audit(f"{url}/v1", token)}
+    found = {item.probe: item for item in run.audit(f"{url}/v1", token)}
     assert found["chat: echo"].outcome == "held"
     assert found["echo"].outcome == found["completions: stream"].outcome == "unclear"
     assert "403" in found["echo"].seen

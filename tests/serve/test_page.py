@@ -16,16 +16,16 @@ from fastapi import FastAPI
 from witness import FullLog
 
 from azeotrope import models
-from azeotrope.batching import TransformersEngine
-from azeotrope.gateway import playground, showcase
-from azeotrope.gateway.app import create_app
-from azeotrope.gateway.engine import Chunk, EngineError, EngineRequest
-from azeotrope.gateway.errors import ApiError
-from azeotrope.gateway.playground import PAGE, add_page, page_policy
-from azeotrope.gateway.policy import Policy, Tier
-from azeotrope.gateway.service import Gateway
-from azeotrope.gateway.showcase import Throttle, first_problems
+from azeotrope.engine.protocol import Chunk, EngineError, EngineRequest
+from azeotrope.engine.transformers import TransformersEngine
 from azeotrope.tasks import JsonlConfig, PocketConfig, TaskConfig, build
+from gateway.errors import ApiError
+from gateway.http import playground, showcase
+from gateway.http.app import create_app
+from gateway.http.playground import PAGE, add_page, page_policy
+from gateway.http.showcase import Throttle, first_problems
+from gateway.policy import Policy, Tier
+from gateway.service import Gateway
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page

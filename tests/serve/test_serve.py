@@ -22,9 +22,9 @@ from openai import OpenAI
 from served import Key, Served, served
 
 from azeotrope import models, tasks
-from azeotrope.gateway.policy import Policy, Tier
 from azeotrope.generation import Sampling, generate
 from azeotrope.tokens import decode, encode_prompt
+from gateway.policy import Policy, Tier
 
 logger = logging.getLogger(__name__)
 CLIENTS = 64

@@ -19,7 +19,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 from actors.vllm_engine import VllmEngine
 from azeotrope import generation, models
 from azeotrope.defenses import base
-from azeotrope.gateway.engine import Chunk, EngineBusyError, EngineError, EngineRequest, Token
+from azeotrope.engine.protocol import Chunk, EngineBusyError, EngineError, EngineRequest, Token
 from azeotrope.generation import Sampling
 from azeotrope.tasks import pocket
 from azeotrope.tokens import encode_prompt

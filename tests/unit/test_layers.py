@@ -9,12 +9,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = ("azeotrope", "actors", "workflows", "tune_spaces")
+PACKAGES = ("azeotrope", "gateway", "actors", "experiment", "workflows", "tune_spaces")
 FORBIDDEN = {
-    "azeotrope": {"ray", "vllm", "actors", "workflows", "tune_spaces"},
-    "actors": {"workflows"},
+    "azeotrope": {"ray", "vllm", "gateway", "actors", "experiment", "workflows", "tune_spaces"},
+    "gateway": {"ray", "vllm", "actors", "experiment", "workflows", "tune_spaces"},
+    "actors": {"experiment", "workflows"},
+    "experiment": {"workflows"},
     # Data only: a space can be read and checked where neither Ray nor torch is installed.
-    "tune_spaces": {"ray", "torch", "vllm", "actors", "workflows"},
+    "tune_spaces": {"ray", "torch", "vllm", "actors", "experiment", "workflows"},
 }
 VAGUE = {"utils", "util", "helpers", "common", "misc"}
 

@@ -14,7 +14,8 @@ from transformers import (
     Qwen2Config,
 )
 
-from azeotrope import models, smollm2
+from azeotrope import models
+from azeotrope.pocket import smollm2
 
 VOCABULARY = 23
 IDS = torch.tensor([[1, 5, 9, 2, 7], [3, 3, 11, 22, 0]])

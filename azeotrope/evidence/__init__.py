@@ -1,0 +1,1 @@
+"""Whose text and whose student: attribution of texts to keys."""

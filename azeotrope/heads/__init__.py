@@ -1,0 +1,1 @@
+"""The output head: chunked losses, stored features, folding, surrogates, search, export."""

@@ -1,0 +1,209 @@
+"""A frozen surrogate student whose gradients a defense aims at.
+
+Gradients are wanted for one layer near the end, so the blocks before it are never run again:
+what enters that layer is stored, and a step runs the tail of the trunk from there on.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.func import functional_call, jvp
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from azeotrope import models
+from azeotrope.heads import chunked
+from azeotrope.heads.features import block_inputs, blocks_of
+from azeotrope.logits.alignment import same_vocabulary
+from azeotrope.logits.vocabulary import token_rows
+from azeotrope.models import Loaded
+
+_HEAD = "lm_head.weight"
+_BLOCK = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+
+
+def first_block(model: PreTrainedModel, layer: str) -> int:
+    """The block from which the trunk must be run for the gradients of a layer.
+
+    Args:
+        layer: `last` or `penultimate` block, or the name of one tensor, such as
+            `model.layers.3.mlp.down_proj.weight` or `lm_head.weight`.
+
+    Raises:
+        ValueError: if the model has no list of blocks, or no such block or tensor.
+    """
+    blocks = len(blocks_of(model))
+    if layer in {"last", "penultimate"}:
+        block = blocks - (1 if layer == "last" else 2)
+        if block < 0:
+            raise ValueError(f"a surrogate of {blocks} blocks has no penultimate one")
+        return block
+    if layer == _HEAD:
+        return blocks
+    # The final norm belongs to the last block: what is stored enters a block.
+    names = {
+        name: int(found[1]) if (found := _BLOCK.search(name)) else blocks - 1
+        for name, _ in model.named_parameters()
+        if _BLOCK.search(name) or ".norm." in f".{name}"
+    }
+    if layer not in names:
+        near = ", ".join(list(names)[-10:])
+        raise ValueError(
+            f"the surrogate has no tensor {layer!r} that a gradient can be taken of; give `last`, "
+            f"`penultimate`, `lm_head.weight` or one such as: {near}"
+        )
+    return names[layer]
+
+
+class Surrogate(nn.Module):
+    """The tail of a student from the chosen layer on, with its head; nothing in it is trained.
+
+    The model that is given is taken over: its earlier blocks are dropped.
+
+    Args:
+        rows: rows of the vocabulary that belong to tokens; rows that pad the head are left out.
+
+    Raises:
+        ValueError: if the model has no such layer, or its last blocks do not compute alone what
+            they do in the whole.
+    """
+
+    def __init__(self, loaded: Loaded, layer: str, rows: int) -> None:
+        super().__init__()
+        model = loaded.model
+        start = first_block(model, layer)
+        # Flash and memory-saving attention have no forward-mode derivative.
+        model.set_attn_implementation("eager")
+        trunk = model.base_model
+        sample = torch.arange(min(rows, 8), device=model.device).unsqueeze(0)
+        with torch.no_grad():
+            entering = block_inputs(model, sample, start)[0]
+            wanted = trunk(input_ids=sample, use_cache=False).last_hidden_state[0]
+        trunk.layers = blocks_of(model)[start:]
+        model.config.num_hidden_layers -= start
+        if getattr(model.config, "layer_types", None):
+            model.config.layer_types = model.config.layer_types[start:]
+        # What counts is the angle between gradients, and bfloat16 cannot tell small angles apart.
+        self.trunk: nn.Module = trunk.to(_precise(model.dtype))
+        head = models.head_of(model)
+        self.weight = nn.Buffer(head.weight.detach().float()[:rows])
+        self.bias = None if head.bias is None else nn.Buffer(head.bias.detach().float()[:rows])
+        trunk.requires_grad_(False)
+        self.in_head = layer == _HEAD
+        self.names = [] if self.in_head else _chosen(model, trunk, layer, start)
+        with torch.no_grad():
+            found = self.hidden({}, entering, [len(entering)], [len(entering)])
+        # Models that scale what they are given instead of their embeddings are far off.
+        if not (found - wanted).float().norm() <= 0.05 * wanted.float().norm():
+            raise ValueError(
+                f"the blocks of {type(model).__name__} from {start} on give other states than in "
+                "the whole model; it cannot be a surrogate"
+            )
+
+    def watched(self) -> dict[str, Tensor]:
+        """Copies of the tensors whose gradients count, ready to be differentiated."""
+        if self.in_head:
+            return {_HEAD: self.weight.detach().requires_grad_(True)}
+        named = dict(self.trunk.named_parameters())
+        return {name: named[name].detach().requires_grad_(True) for name in self.names}
+
+    def hidden(
+        self,
+        tensors: dict[str, Tensor],
+        inputs: Float[Tensor, "rows width"],
+        rows: Sequence[int],
+        counts: Sequence[int],
+    ) -> Float[Tensor, "tokens hidden"]:
+        """Last hidden states of the completion tokens, as a function of the watched tensors.
+
+        Args:
+            inputs: what enters the tail, text after text.
+            rows, counts: tokens and completion tokens of each text.
+        """
+        width = max(rows)
+        shape = len(rows), width, inputs.shape[-1]
+        padded = torch.zeros(shape, dtype=_precise(inputs.dtype), device=inputs.device)
+        mask = torch.zeros(len(rows), width, dtype=torch.bool, device=inputs.device)
+        for number, part in enumerate(inputs.split(list(rows))):
+            padded[number, : len(part)] = part
+            mask[number, len(part) - counts[number] : len(part)] = True
+        if self.in_head:
+            # Nothing but the head is left: the last states themselves were stored.
+            return padded[mask]
+        arguments = {"inputs_embeds": padded, "use_cache": False}
+        out = functional_call(self.trunk, tensors, kwargs=arguments)
+        return out.last_hidden_state[mask]
+
+    def direction(
+        self,
+        tensors: dict[str, Tensor],
+        along: dict[str, Tensor],
+        inputs: Tensor,
+        rows: Sequence[int],
+        counts: Sequence[int],
+    ) -> Float[Tensor, "tokens hidden"]:
+        """How the last hidden states move when the watched tensors move along a direction."""
+
+        def states(moved: dict[str, Tensor]) -> Tensor:
+            return self.hidden(moved, inputs, rows, counts)
+
+        fixed = {name: value.detach() for name, value in tensors.items()}
+        return jvp(states, (fixed,), (along,))[1]
+
+    def moved(
+        self,
+        tensors: dict[str, Tensor],
+        along: dict[str, Tensor],
+        inputs: Tensor,
+        rows: Sequence[int],
+        counts: Sequence[int],
+    ) -> Callable[[slice], Tensor]:
+        """How the logits move along that direction, for any chunk of the tokens."""
+        if self.in_head:
+            states, turn = self.hidden(tensors, inputs, rows, counts), along[_HEAD]
+            return lambda part: states[part].float() @ turn.T
+        change = self.direction(tensors, along, inputs, rows, counts)
+        return lambda part: change[part].float() @ self.weight.T
+
+    def logits(self, hidden: Float[Tensor, "tokens hidden"]) -> Float[Tensor, "tokens vocab"]:
+        return chunked.logits(hidden.float(), self.weight, self.bias)
+
+
+def _precise(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _chosen(model: PreTrainedModel, trunk: nn.Module, layer: str, start: int) -> list[str]:
+    """Names of the watched tensors within the shortened trunk."""
+    if layer in {"last", "penultimate"}:
+        return [name for name, _ in trunk.named_parameters() if name.startswith("layers.0.")]
+    short = layer.removeprefix(f"{model.base_model_prefix}.")
+    return [re.sub(r"^layers\.\d+\.", "layers.0.", short)]
+
+
+def check_vocabulary(
+    surrogate: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, name: str
+) -> None:
+    """Gradients under a teacher's logits exist only where both have the same tokens.
+
+    Raises:
+        ValueError: if the surrogate's vocabulary is another.
+    """
+    if not same_vocabulary(teacher, surrogate):
+        raise ValueError(
+            f"the surrogate {name} has another vocabulary ({len(surrogate)} tokens) than the "
+            f"teacher ({len(teacher)} tokens); its gradients under the teacher's logits need the "
+            "same one, so take a proxy of the teacher's family"
+        )
+
+
+def surrogate_from(loaded: Loaded, teacher: Loaded, layer: str, name: str) -> Surrogate:
+    """A surrogate for this teacher.
+
+    Raises:
+        ValueError: if it has another vocabulary than the teacher, or no such layer.
+    """
+    check_vocabulary(loaded.tokenizer, teacher.tokenizer, name)
+    return Surrogate(loaded, layer, token_rows(teacher.tokenizer))

@@ -1,0 +1,1 @@
+"""Statistics, tables, summary, figures and the report page."""

@@ -1,0 +1,1 @@
+"""The machinery of a run: settings, stages, steps, preflight, results."""

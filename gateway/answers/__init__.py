@@ -1,0 +1,1 @@
+"""What a completion becomes before it leaves: hidden reasoning, stops, text."""

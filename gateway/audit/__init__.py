@@ -1,0 +1,1 @@
+"""Requests that are known to leak, and what an endpoint answers to them."""

@@ -1,0 +1,1 @@
+"""Signs that a caller extracts the model."""

@@ -1,0 +1,73 @@
+"""Refusals that more than one station gives."""
+
+import logging
+
+from gateway.accounts.quotas import Refusal, Standing
+from gateway.errors import ApiError
+
+logger = logging.getLogger(__name__)
+
+
+def overloaded(message: str = "too many requests at once", code: str = "overloaded") -> ApiError:
+    return ApiError(503, message, kind="server_error", code=code, headers={"retry-after": "1"})
+
+
+def store_failed(error: Exception) -> ApiError:
+    """What is said outside when keys, quotas or the log fail; where they lie stays here."""
+    logger.error("refusing: %s", error)
+    return overloaded("keys, quotas or the log cannot be reached", "store_unavailable")
+
+
+def suspended() -> ApiError:
+    return ApiError(
+        403,
+        "this key is suspended: its requests look like the collection of training data; "
+        "ask whoever issued it",
+        kind="permission_error",
+        code="key_suspended",
+    )
+
+
+def crowded() -> ApiError:
+    return ApiError(
+        429,
+        "this key's limit of completions at once is reached; try again later",
+        kind="rate_limit_error",
+        code="rate_limit_exceeded",
+        headers={"retry-after": "1"},
+    )
+
+
+def over_quota(refusal: Refusal) -> ApiError:
+    names = {
+        "requests": "requests a minute",
+        "tokens": "tokens a minute",
+        "tokens_day": "tokens a day",
+        "concurrency": "completions at once",
+    }
+    limit = names[refusal.limit]
+    if refusal.never:
+        message = f"this request alone is more than this key's {limit}; ask for fewer tokens"
+    else:
+        message = f"this key's limit of {limit} is reached; try again later"
+    return ApiError(
+        429,
+        message,
+        kind="rate_limit_error",
+        code="rate_limit_exceeded",
+        headers={
+            "retry-after": str(max(1, -int(-refusal.retry_after_s // 1))),
+            **rate_headers(refusal.standing),
+        },
+    )
+
+
+def rate_headers(standing: Standing) -> dict[str, str]:
+    return {
+        "x-ratelimit-limit-requests": str(standing.limit_requests),
+        "x-ratelimit-remaining-requests": str(standing.remaining_requests),
+        "x-ratelimit-reset-requests": f"{standing.reset_requests_s:.1f}s",
+        "x-ratelimit-limit-tokens": str(standing.limit_tokens),
+        "x-ratelimit-remaining-tokens": str(standing.remaining_tokens),
+        "x-ratelimit-reset-tokens": f"{standing.reset_tokens_s:.1f}s",
+    }
