@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ from pydantic import Field
 
 from azeotrope import models
 from azeotrope.attacks import base as attacks
-from azeotrope.attacks import cleanups
+from azeotrope.attacks.cleanups import base as cleanups
+from azeotrope.attacks.cleanups.base import AttackerAssets, CleanupSpec
 from azeotrope.attacks.logits import LogitAttack, TeacherHead
 from azeotrope.collect import collect
 from azeotrope.config import Config, write_json
@@ -41,7 +43,7 @@ class StudentJob(Config):
     name: str
     lora: Lora | None = None
     attack: dict[str, Any]
-    cleanup: str = "none"
+    cleanup: CleanupSpec = "none"
     traces: str
     take: int
     boundary: Boundary
@@ -83,10 +85,12 @@ def run(
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
     stolen = read_traces(Path(job.traces))[: job.take]
-    kept = cleanups.resolve(job.cleanup)(stolen, job.boundary)
-    if not kept:
+    cleanup = cleanups.resolve(job.cleanup)
+    cleaned = cleanup.clean(stolen, job.boundary, AttackerAssets(base_student=job.model))
+    if not cleaned.traces:
         raise ValueError(
-            f"clean-up {job.cleanup!r} left none of {len(stolen)} traces; there is nothing to steal"
+            f"clean-up {cleanup.label!r} left none of {len(stolen)} traces; there is nothing to "
+            "learn from"
         )
     if isinstance(attack, LogitAttack):
         attack.attach(_teacher_head(job, attack, student.device), student)
@@ -94,7 +98,7 @@ def run(
     student.model.train()
     result = fit(
         [parameter for parameter in student.model.parameters() if parameter.requires_grad],
-        attack.examples(student, kept, task, job.boundary),
+        attack.examples(student, cleaned.traces, task, job.boundary),
         lambda items: attack.loss(student, items),
         config,
         checkpoint=state,
@@ -112,7 +116,8 @@ def run(
     if job.save_weights:
         models.save(student, folder / "student")
     described = {
-        "kept": len(kept),
+        "kept": len(cleaned.traces),
+        "cost": asdict(cleaned.cost),
         "steps": result.steps,
         "tokens": result.tokens,
         "seconds": round(time.perf_counter() - started, 2),

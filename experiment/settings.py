@@ -8,7 +8,8 @@ from pydantic import Field, field_validator, model_validator
 from actors.resources import Resources
 from actors.students import Lora
 from azeotrope.attacks import base as attacks
-from azeotrope.attacks import cleanups
+from azeotrope.attacks.cleanups import base as cleanups
+from azeotrope.attacks.cleanups.base import CleanupSpec
 from azeotrope.collect import SHARD
 from azeotrope.config import Config, ConfigError
 from azeotrope.config import load as load_config
@@ -152,7 +153,11 @@ class ExperimentConfig(Config):
         description="further attacks, each on the undefended teacher and on every defense of the "
         "weights; `attack` with its clean-ups is on every defense",
     )
-    cleanups: tuple[str, ...] = ("correct_only",)
+    cleanups: tuple[CleanupSpec, ...] = Field(
+        default=("correct_only",),
+        description="each a name, a mapping with `name` and settings, or a list of these that are "
+        "applied in order",
+    )
     exam_split: Literal["test", "validation"] = Field(
         default="test",
         description="problems of all exams: choose settings on `validation`, and look at `test` "
@@ -194,10 +199,8 @@ class ExperimentConfig(Config):
 
     @field_validator("cleanups")
     @classmethod
-    def _known_cleanups(cls, names: tuple[str, ...]) -> tuple[str, ...]:
-        for name in names:
-            cleanups.resolve(name)
-        return names
+    def _known_cleanups(cls, specs: tuple[CleanupSpec, ...]) -> tuple[CleanupSpec, ...]:
+        return tuple(cleanups.resolve(spec).spec for spec in specs)
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -211,6 +214,11 @@ class ExperimentConfig(Config):
         if repeated:
             raise ValueError(
                 f"two attacks are called {repeated[0]}; give each a `variant` of its own"
+            )
+        cleaned = self.cleanup_labels
+        if len(set(cleaned)) != len(cleaned):
+            raise ValueError(
+                f"two clean-ups have the same name: {', '.join(cleaned)}; give one a `label`"
             )
         labels = [f"{choice.label} ({choice.strength:g})" for choice in self.defenses]
         if len(set(labels)) != len(labels):
@@ -244,6 +252,15 @@ class ExperimentConfig(Config):
             if (item["name"], item["variant"]) == (name, variant):
                 return item
         return self.attack
+
+    @property
+    def cleanup_labels(self) -> tuple[str, ...]:
+        """The clean-ups as result tables name them."""
+        return tuple(cleanups.resolve(spec).label for spec in self.cleanups)
+
+    def cleanup_called(self, label: str) -> CleanupSpec:
+        """The settings of one of the clean-ups; a label that none has is its own name."""
+        return dict(zip(self.cleanup_labels, self.cleanups, strict=True)).get(label, label)
 
     @property
     def most_traces(self) -> int:

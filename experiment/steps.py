@@ -18,6 +18,8 @@ from actors.scorer import ScoreActor
 from actors.students import StudentJob
 from actors.teacher import FeatureJob, TeacherActor
 from azeotrope import models
+from azeotrope.attacks.cleanups import base as cleanups
+from azeotrope.attacks.cleanups.base import CleanupSpec
 from azeotrope.config import ConfigError, digest
 from azeotrope.defenses.base import Defense
 from azeotrope.generation import Sampling
@@ -349,7 +351,7 @@ class Steps:
         student: StudentConfig,
         source: Stage,
         take: int,
-        cleanup: str,
+        cleanup: CleanupSpec,
         seed: int,
         what: str,
         *,
@@ -389,7 +391,8 @@ class Steps:
             if asked.snapshot is not None:
                 places["snapshot"] = self._fingerprint(asked.snapshot)
         stage = self.cache.stage("student", **{**job.dump(), **places})
-        label = f"{student.name}, {what}, {take} traces, {cleanup}, seed {seed}"
+        cleaned = cleanups.resolve(cleanup).label
+        label = f"{student.name}, {what}, {take} traces, {cleaned}, seed {seed}"
         return Planned(stage, job.dump(), label)
 
     def taught_proxies(self, lesson: ProxyLesson, skip: int) -> tuple[str, ...]:

@@ -168,7 +168,12 @@ class _Lookup:
         if cell.attack == "sft_only" or not isinstance(attack, LogitAttack):
             source = self.truth if cell.attack == "sft_only" else self.victim.traces
             return steps.plan_student(
-                cell.student, source, cell.traces, cell.cleanup, cell.seed, what
+                cell.student,
+                source,
+                cell.traces,
+                config.cleanup_called(cell.cleanup),
+                cell.seed,
+                what,
             )
         source = self.truth if attack.config.contexts == "truth" else self.victim.traces
         # The trunk is the undefended teacher's whatever the head is.
@@ -298,7 +303,7 @@ def _baseline_cells(config: ExperimentConfig) -> Iterator[Cell]:
         yield Cell(student, "none", 0.0, "sft_only", "none", config.traces, seed)
         for traces in _budgets(config, seed):
             yield Cell(student, "none", 0.0, config.attack["name"], "none", traces, seed)
-        for cleanup in config.cleanups:
+        for cleanup in config.cleanup_labels:
             yield Cell(student, "none", 0.0, config.attack["name"], cleanup, config.traces, seed)
         for attack in config.attacks:
             if attack["on_clean"]:
@@ -313,7 +318,7 @@ def _defended_cells(config: ExperimentConfig, choice: DefenseChoice, strength: f
         # A yardstick gets no clean-ups, and there is nothing in a bare answer to clean.
         for traces in (config.traces,) if is_baseline else _budgets(config, seed):
             cells.append(Cell(student, choice.label, strength, attack, "none", traces, seed))
-        for cleanup in () if is_baseline else config.cleanups:
+        for cleanup in () if is_baseline else config.cleanup_labels:
             cells.append(
                 Cell(student, choice.label, strength, attack, cleanup, config.traces, seed)
             )

@@ -3,20 +3,15 @@
 import errno
 from dataclasses import replace
 from pathlib import Path
-from random import Random
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from azeotrope import models, tasks
-from azeotrope.attacks import cleanups
 from azeotrope.collect import collect
-from azeotrope.config import ConfigError
 from azeotrope.defenses import answers_only
 from azeotrope.generation import Sampling
-from azeotrope.pocket import language
-from azeotrope.pocket.problems import problems
 from azeotrope.tasks import PocketConfig, Problem
 from azeotrope.tokens import Boundary
 from azeotrope.traces import (
@@ -144,36 +139,6 @@ def test_ground_truth_is_the_reference_solution_and_may_be_wrong() -> None:
     assert 20 < sum(item.correct for item in found) < 75
     perfect = tasks.build(PocketConfig(slip=0.0))
     assert all(item.correct for item in ground_truth(perfect, perfect.problems("train", 80)))
-
-
-def test_correct_only_keeps_right_answers_untouched() -> None:
-    given = [trace("a"), trace("b", correct=False), trace("c")]
-    assert cleanups.resolve("correct_only")(given, BOUNDARY) == [given[0], given[2]]
-    assert cleanups.resolve("none")(given, BOUNDARY) == given
-
-
-def test_drop_reasoning_leaves_the_answer() -> None:
-    (found,) = cleanups.resolve("drop_reasoning")([trace("a")], BOUNDARY)
-    assert found.text == "#### 3"
-    assert (found.prompt_ids, found.completion_ids) == ((), ())
-    assert (found.id, found.correct, found.question) == ("a", True, "one and two?")
-
-
-def test_digits_undo_number_words() -> None:
-    stream = problems("train", seed=5)
-    for problem, seed in zip(stream, range(60), strict=False):
-        in_words = language.reasoning(problem, Random(seed), notation="words")
-        in_digits = language.reasoning(problem, Random(seed), notation="digits")
-        (found,) = cleanups.resolve("digits")([trace("a", text=in_words)], BOUNDARY)
-        assert in_words != in_digits
-        assert found.text == in_digits
-        assert found.completion_ids == ()
-
-
-def test_an_unknown_clean_up_lists_those_there_are() -> None:
-    listed = ", ".join(cleanups.names())
-    with pytest.raises(ConfigError, match=f"unknown clean-up 'polish'; there are {listed}"):
-        cleanups.resolve("polish")
 
 
 def test_hiding_the_reasoning_keeps_the_answer_checkable() -> None:

@@ -116,7 +116,10 @@ def test_unknown_keys_name_the_known_ones(refused, overrides: list[str], expecte
         ("defenses.0.parts.0.strength=-1", ["defense doge", "strength", "greater than", "-1"]),
         ("defenses.0.parts.0.name=doeg", ["unknown defense 'doeg'", "answers_only, cmi, doge"]),
         ("attack.name=text_stf", ["unknown attack 'text_stf'", "text_sft"]),
-        ("cleanups=[polish]", ["unknown clean-up 'polish'", "correct_only, drop_reasoning"]),
+        (
+            "cleanups=[polish]",
+            ["unknown clean-up 'polish'", "correct_only, digits, drop_reasoning"],
+        ),
         ("proxies=[]", ["needs at least one proxy", "`proxies` is empty"]),
         ("task.name=pockets", ["task", "pockets", "'pocket', 'gsm8k', 'jsonl'"]),
         ("max_length=90", ["max_length 90 leaves no room", "max_new_tokens 96"]),
