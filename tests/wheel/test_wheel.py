@@ -7,10 +7,10 @@ repository. It is built from what git has, so a file that was never added is mis
 
 import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 
 import pytest
+import typer
 
 from azeotrope.report.page import read_document
 
@@ -56,7 +56,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run(sys.executable, "-m", "venv", "--without-pip", venv, cwd=folder)
     site = next((venv / "lib").glob("python*")) / "site-packages"
     # A path file does not run those of the folder it names, so the editable install stays out.
-    (site / "lent.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
+    (site / "lent.pth").write_text(f"{Path(typer.__file__).parents[1]}\n")
     install = [sys.executable, "-m", "pip", "-q", "--python", venv / "bin" / "python"]
     run(*install, "install", "--no-deps", "--force-reinstall", wheel, cwd=folder)
     return venv / "bin" / "azeotrope"
