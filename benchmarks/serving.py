@@ -37,7 +37,8 @@ from starlette.routing import Route
 from azeotrope import models
 from azeotrope.engine.protocol import EngineRequest
 from azeotrope.engine.transformers import TransformersEngine
-from azeotrope.tasks.pocket import Pocket, PocketConfig
+from azeotrope.tasks import PocketConfig
+from azeotrope.tasks.pocket import Pocket
 from azeotrope.tokens import encode_prompt
 from experiment.points import find_point
 

@@ -17,7 +17,7 @@ from actors.gateway import METRICS, GatewayReplica, GatewaySettings, environment
 from azeotrope import models
 from azeotrope.config import Config, ConfigError
 from azeotrope.defenses import base as defenses
-from azeotrope.tasks.pocket import PocketConfig
+from azeotrope.tasks import PocketConfig
 from experiment.points import Point, find_point
 from gateway.accounts.stores import default_store, open_keys
 from gateway.policy import Policy

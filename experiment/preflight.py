@@ -14,7 +14,7 @@ from azeotrope.heads.search import UtilityFloor
 from azeotrope.heads.surrogate import check_vocabulary, first_block
 from azeotrope.logits.vocabulary import share, token_rows
 from azeotrope.pocket import smollm2
-from azeotrope.tasks import Task, is_local
+from azeotrope.tasks import Task
 from azeotrope.tasks import build as build_task
 from azeotrope.traces import ground_truth
 from experiment.settings import LESSON_PROBLEMS, DefenseChoice, ExperimentConfig
@@ -49,7 +49,7 @@ def preflight(config: ExperimentConfig, *, convert: bool = True) -> None:
         _defenses(config)
     if config.teacher in here:
         _views(config)
-    if is_local(config.task):
+    if config.task.is_local:
         _problems(config)
 
 

@@ -17,8 +17,7 @@ from azeotrope.defenses import base as defenses
 from azeotrope.generation import Sampling
 from azeotrope.heads.search import HeadTraining
 from azeotrope.logits.information import LEAST_TEXTS
-from azeotrope.tasks import TaskConfig
-from azeotrope.tasks.pocket import PocketConfig
+from azeotrope.tasks import PocketConfig, TaskConfig
 from azeotrope.tokens import Boundary
 
 CONFIGS = Path(__file__).parents[1] / "workflows" / "configs"

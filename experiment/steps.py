@@ -25,7 +25,6 @@ from azeotrope.defenses.base import Defense
 from azeotrope.generation import Sampling
 from azeotrope.heads.search import HeadTraining
 from azeotrope.tasks import build as build_task
-from azeotrope.tasks import is_local as task_is_local
 from azeotrope.traces import ground_truth, read_traces, write_traces
 from experiment.display import Display
 from experiment.settings import LESSON_PROBLEMS, ExperimentConfig, ProxyLesson, StudentConfig
@@ -482,7 +481,7 @@ class Steps:
     def _is_local(self) -> bool:
         config = self.config
         models_are = all(Path(models.resolve(name)).is_dir() for name in config.models)
-        return models_are and task_is_local(config.task)
+        return models_are and config.task.is_local
 
     def _fingerprint(self, name: str) -> str:
         if name not in self._fingerprints:

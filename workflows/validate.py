@@ -10,7 +10,6 @@ from rich.console import Console
 from rich.table import Table
 
 from azeotrope.pocket import smollm2
-from azeotrope.tasks import is_local
 from experiment.preflight import is_here, preflight
 from experiment.settings import ExperimentConfig, load
 from workflows.pipeline import cells_of
@@ -30,7 +29,7 @@ def run(config: ExperimentConfig) -> Table:
     roles += [(f"student {student.name}", student.model) for student in config.students]
     for role, name in roles:
         table.add_row(role, name, _place_of_model(name))
-    table.add_row("task", config.task.name, "here" if is_local(config.task) else _HUB)
+    table.add_row("task", config.task.name, "here" if config.task.is_local else _HUB)
     for stage, content in stages(config):
         table.add_row(stage, content, "")
     return table

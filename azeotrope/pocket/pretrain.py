@@ -29,7 +29,7 @@ from azeotrope.pocket import language
 from azeotrope.pocket.family import FAMILY, Member, Phase
 from azeotrope.pocket.problems import VERSION, Range, problems
 from azeotrope.pocket.tokenizer import build as build_tokenizer
-from azeotrope.tasks.pocket import Pocket, PocketConfig
+from azeotrope.tasks import pocket
 from azeotrope.training import LogEntry, fit
 
 logger = logging.getLogger(__name__)
@@ -147,7 +147,7 @@ def corpus(tokenizer: PreTrainedTokenizerBase, phase: Phase, seed: int) -> list[
 
 def accuracy(loaded: Loaded, difficulty: Range, temperature: float) -> float:
     """Share of right answers on the first held-out test problems."""
-    task = Pocket(PocketConfig())
+    task = pocket.build(pocket.Config())
     steps = (3, 4) if difficulty == "full" else (1, 4)
     chosen = list(islice(problems("test", difficulty=difficulty, steps=steps), HELD_OUT))
     sampling = Sampling(temperature=temperature, max_new_tokens=96)

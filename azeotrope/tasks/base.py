@@ -4,7 +4,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+from azeotrope.config import Config
 from azeotrope.tokens import Message
+
+
+class TaskSettings(Config):
+    """The base of every task's `Config`; its `name` is the literal name of the task's module."""
+
+    name: str
+
+    @property
+    def is_local(self) -> bool:
+        """Whether `build` finds all rows on this machine, without a download."""
+        return True
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,8 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from azeotrope.config import Config
 from azeotrope.tasks import answers
-from azeotrope.tasks.base import Problem
+from azeotrope.tasks.base import Problem, TaskSettings
 from azeotrope.tasks.rows import Row, collect, read, take, text_of
 from azeotrope.tokens import Message
 
@@ -25,7 +24,7 @@ _EXPECTED = (
 )
 
 
-class Gsm8kConfig(Config):
+class Config(TaskSettings):
     name: Literal["gsm8k"] = "gsm8k"
     path: str | None = Field(
         default=None,
@@ -41,6 +40,10 @@ class Gsm8kConfig(Config):
     def _absolute(cls, path: str | None) -> str | None:
         # Workers may run in another folder than the one the path was written in.
         return None if path is None else str(Path(path).expanduser().resolve())
+
+    @property
+    def is_local(self) -> bool:
+        return self.folder is not None
 
     @property
     def folder(self) -> Path | None:
@@ -80,7 +83,7 @@ class Gsm8k:
     name = "gsm8k"
     template = "gsm8k-chat-1"
 
-    def __init__(self, config: Gsm8kConfig) -> None:
+    def __init__(self, config: Config) -> None:
         self.config = config
         train, test = _load(config.folder)
         if config.validation >= len(train):
@@ -114,7 +117,7 @@ class Gsm8k:
         return given is not None and answers.same(given, answer)
 
 
-def build(config: Gsm8kConfig) -> Gsm8k:
+def build(config: Config) -> Gsm8k:
     return Gsm8k(config)
 
 

@@ -7,9 +7,8 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from azeotrope.config import Config
 from azeotrope.tasks import answers
-from azeotrope.tasks.base import Problem
+from azeotrope.tasks.base import Problem, TaskSettings
 from azeotrope.tasks.rows import Row, content_hash, read, take, text_of
 from azeotrope.tokens import Message
 
@@ -18,7 +17,7 @@ _EXPECTED = 'one JSON object a line, {"question": ..., "answer": ..., "solution"
 logger = logging.getLogger(__name__)
 
 
-class JsonlConfig(Config):
+class Config(TaskSettings):
     name: Literal["jsonl"] = "jsonl"
     train: str = Field(description='JSONL file of {"question", "answer"[, "solution"]}')
     test: str = Field(description="the same, for problems nobody trains on")
@@ -40,7 +39,7 @@ class Jsonl:
 
     template = "jsonl-chat-1"
 
-    def __init__(self, config: JsonlConfig) -> None:
+    def __init__(self, config: Config) -> None:
         self.config = config
         paths = {"train": config.train, "validation": config.validation, "test": config.test}
         self._rows = {
@@ -72,7 +71,7 @@ class Jsonl:
         return given is not None and answers.same(given, answer)
 
 
-def build(config: JsonlConfig) -> Jsonl:
+def build(config: Config) -> Jsonl:
     return Jsonl(config)
 
 

@@ -9,16 +9,15 @@ from typing import Literal, get_args
 
 from pydantic import Field
 
-from azeotrope.config import Config
 from azeotrope.pocket import language
 from azeotrope.pocket.problems import VERSION, Split, problems
-from azeotrope.tasks.base import Problem
+from azeotrope.tasks.base import Problem, TaskSettings
 from azeotrope.tokens import Message
 
 _ANSWER = re.compile(r"####\s*(-?\d+)\s*$")
 
 
-class PocketConfig(Config):
+class Config(TaskSettings):
     name: Literal["pocket"] = "pocket"
     slip: float = Field(
         default=0.25,
@@ -34,7 +33,7 @@ class Pocket:
     name = VERSION
     template = "pocket-chat-1"
 
-    def __init__(self, config: PocketConfig) -> None:
+    def __init__(self, config: Config) -> None:
         self.config = config
 
     def problems(self, split: str, count: int, *, skip: int = 0) -> Sequence[Problem]:
@@ -64,5 +63,5 @@ def _problems(split: Split, count: int, slip: float) -> tuple[Problem, ...]:
     return tuple(found)
 
 
-def build(config: PocketConfig) -> Pocket:
+def build(config: Config) -> Pocket:
     return Pocket(config)

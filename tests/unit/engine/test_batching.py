@@ -17,7 +17,7 @@ from azeotrope.engine.protocol import Chunk, EngineBusyError, EngineError, Engin
 from azeotrope.engine.row_batch import Row, RowBatch
 from azeotrope.engine.transformers import PREFILL_TOKENS, TransformersEngine
 from azeotrope.generation import Sampling, choose, generate, uniforms
-from azeotrope.tasks.pocket import PocketConfig, build
+from azeotrope.tasks import PocketConfig, build
 from azeotrope.tokens import encode_prompt
 
 Prompts = list[tuple[int, ...]]

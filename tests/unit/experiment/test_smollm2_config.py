@@ -21,7 +21,7 @@ from azeotrope.report.page import write_report
 from azeotrope.report.statistics import Row, results_document, wilson
 from azeotrope.report.summary import plain_words
 from azeotrope.report.tables import result_table, teacher_table
-from azeotrope.tasks import Gsm8kConfig, JsonlConfig, PocketConfig, build, is_local
+from azeotrope.tasks import Gsm8kConfig, JsonlConfig, PocketConfig, build
 from experiment import preflight, settings, steps
 from experiment.display import Display
 from experiment.results import _notes
@@ -155,10 +155,10 @@ def test_a_data_folder_above_the_working_folder_is_found(
 def test_what_must_be_downloaded_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("AZEOTROPE_DATA", raising=False)
     monkeypatch.chdir(tmp_path)
-    assert not is_local(Gsm8kConfig())
-    assert is_local(Gsm8kConfig(path="somewhere"))
-    assert is_local(PocketConfig())
-    assert is_local(JsonlConfig(train="a.jsonl", test="b.jsonl"))
+    assert not Gsm8kConfig().is_local
+    assert Gsm8kConfig(path="somewhere").is_local
+    assert PocketConfig().is_local
+    assert JsonlConfig(train="a.jsonl", test="b.jsonl").is_local
 
 
 # Configurations ------------------------------------------------------------------------------

@@ -9,7 +9,8 @@ import pytest
 
 from azeotrope.pocket import language
 from azeotrope.pocket.problems import EASY_LARGEST, LARGEST, apply, problems
-from azeotrope.tasks.pocket import Pocket, PocketConfig
+from azeotrope.tasks import PocketConfig
+from azeotrope.tasks.pocket import Pocket
 
 COUNT = 300
 
