@@ -16,7 +16,7 @@ from azeotrope.config import Config
 from azeotrope.defenses import base as defenses
 from azeotrope.tasks import TaskConfig
 from azeotrope.tokens import Boundary, decode
-from gateway.accounts.stores import open_keys, open_ledger
+from gateway.accounts.stores import StoreLocation, open_keys, open_ledger
 from gateway.admitted import Model
 from gateway.http.app import create_app
 from gateway.metrics import SHARED
@@ -60,7 +60,7 @@ def build_gateway(
         rewriting=tuple(defenses.resolve(dict(item)) for item in settings.rewriting),
     )
     _check_tags(settings.policy, settings, model.tokenizer)
-    store = Path(settings.store)
+    stores = StoreLocation(Path(settings.store), settings.redis)
     if SHARED in os.environ:
         Path(os.environ[SHARED]).mkdir(mode=0o700, parents=True, exist_ok=True)
 
@@ -70,9 +70,9 @@ def build_gateway(
     return Gateway(
         model,
         settings.policy,
-        open_keys(store, settings.redis, must_exist=True),
-        open_ledger(store, settings.redis),
-        AuditLog(store / LOGS),
+        open_keys(stores, must_exist=True),
+        open_ledger(stores),
+        AuditLog(stores.folder / LOGS),
         ready=ready,
     )
 

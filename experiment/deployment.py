@@ -19,7 +19,7 @@ from azeotrope.config import Config, ConfigError
 from azeotrope.defenses import base as defenses
 from azeotrope.tasks import PocketConfig
 from experiment.points import Point, find_point
-from gateway.accounts.stores import default_store, open_keys
+from gateway.accounts.stores import StoreLocation, default_store, open_keys
 from gateway.policy import Policy
 
 APP = "azeotrope"
@@ -105,6 +105,10 @@ class ServeConfig(Config):
     @property
     def folder(self) -> Path:
         return (Path(self.store) if self.store else default_store()).expanduser().resolve()
+
+    @property
+    def stores(self) -> StoreLocation:
+        return StoreLocation(self.folder, self.redis)
 
     @property
     def called(self) -> str:
@@ -269,7 +273,7 @@ def _is_pocket(checkpoint: str) -> bool:
 
 def _open_stores(args: ServeConfig) -> None:
     """Have the stores, so that replicas find them: they refuse to start without."""
-    open_keys(args.folder, args.redis)
+    open_keys(args.stores)
 
 
 def metrics_folder(config: ServeConfig) -> Path:

@@ -19,8 +19,8 @@ from azeotrope.logits.vocabulary import token_rows
 from azeotrope.tokens import Boundary
 from gateway.accounts.callers import Callers, no_key
 from gateway.accounts.key_records import UNDEFENDED, KeyRecord
-from gateway.accounts.keys import Keys
-from gateway.accounts.ledger import Ledger
+from gateway.accounts.keys import KeyStore
+from gateway.accounts.ledger import Ledger, Reservation
 from gateway.accounts.open_requests import OpenRequests
 from gateway.accounts.quotas import Limits, Refusal, Standing
 from gateway.admitted import Admitted, Model
@@ -52,7 +52,7 @@ class Gateway:
         self,
         model: Model,
         policy: Policy,
-        keys: Keys,
+        keys: KeyStore,
         ledger: Ledger,
         log: AuditLog,
         *,
@@ -204,15 +204,16 @@ class Gateway:
         undefended = engine is not self.model.engine
         # First of all: what cannot be written down is not answered.
         self._write(key, "asked", planned, undefended=undefended)
-        found = await self.open.reserve(
+        reservation = Reservation(
             # What a licence takes has a quota and a line in the books of its own.
-            key.account + UNDEFENDED if undefended else key.account,
-            planned.identity,
+            key=key.account + UNDEFENDED if undefended else key.account,
+            request=planned.identity,
             prompt=planned.prompt_tokens,
             completion=planned.completion_tokens,
             slots=len(planned.requests),
-            limits=Limits.of(tier, self._suspicion.share(key.account)),
         )
+        limits = Limits.of(tier, self._suspicion.share(key.account))
+        found = await self.open.reserve(reservation, limits)
         if isinstance(found, Refusal):
             self.metrics.refused("quota")
             raise over_quota(found)

@@ -15,6 +15,7 @@ from azeotrope.defenses.watermark import Config as WatermarkConfig
 from azeotrope.evidence.attribution import Verdict, attribute
 from experiment.points import Point, find_point
 from gateway.accounts.key_records import KeyRecord
+from gateway.accounts.stores import StoreLocation
 from workflows.keys import existing_keys
 
 JSON_ENDINGS = {".jsonl", ".ndjson", ".json"}
@@ -33,8 +34,7 @@ def main(
     share: float | None = None,
     context: int | None = None,
     alarm_rate: float,
-    store: Path | None = None,
-    redis: str | None = None,
+    stores: StoreLocation,
 ) -> None:
     """Print what the mark of every key says about the texts, all of them together.
 
@@ -44,7 +44,7 @@ def main(
     Raises:
         ConfigError: if there is no text, no store, or the source is not what served.
     """
-    records = existing_keys(store, redis).list()
+    records = existing_keys(stores).list()
     texts = read_texts(file)
     point = find_point(source, defense)
     settings = _settings(point, share, context)

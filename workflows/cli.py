@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from workflows.keys import RedisUrl, StorePath
+from workflows.keys import RedisUrl, StorePath, store_location
 from workflows.keys import app as keys
 
 app = typer.Typer(
@@ -100,7 +100,7 @@ def usage(
     """Show what each API key used, day by day."""
     from workflows.usage import main as run
 
-    run(key, store, redis)
+    run(key, store_location(store, redis))
 
 
 @app.command()
@@ -168,8 +168,7 @@ def trace(
         share=share,
         context=context,
         alarm_rate=alarm_rate,
-        store=store,
-        redis=redis,
+        stores=store_location(store, redis),
     )
 
 

@@ -1,4 +1,4 @@
-"""Make, show and end the API keys of a gateway. Heavy imports happen inside the commands."""
+"""Create, list, revoke and rotate the API keys of a gateway. Commands import heavy modules late."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -7,11 +7,14 @@ import typer
 
 if TYPE_CHECKING:
     from gateway.accounts.key_records import KeyRecord
-    from gateway.accounts.keys import Keys
+    from gateway.accounts.keys import KeyStore
+    from gateway.accounts.stores import StoreLocation
 
 DAY_S = 86_400
 
-app = typer.Typer(no_args_is_help=True, help="Make, show and end the API keys of a gateway.")
+app = typer.Typer(
+    no_args_is_help=True, help="Create, list, revoke and rotate the API keys of a gateway."
+)
 StorePath = Annotated[
     Path | None,
     typer.Option(
@@ -23,54 +26,69 @@ RedisUrl = Annotated[
     typer.Option(
         "--redis",
         envvar="AZEOTROPE_REDIS_URL",
-        help="URL of the Redis of keys and quotas, if gateways on several nodes share one",
+        help="URL of a Redis for keys and quotas that gateways on several nodes share",
     ),
 ]
-KeyId = Annotated[str, typer.Argument(metavar="ID", help="as `azeotrope keys list` shows it")]
+KeyId = Annotated[str, typer.Argument(metavar="ID", help="id in `azeotrope keys list`")]
 
 
-def existing_keys(store: Path | None, redis: str | None) -> "Keys":
-    """The keys that `--store` or `--redis` names, where it makes no sense to begin new ones.
+def store_location(store: Path | None, redis: str | None) -> "StoreLocation":
+    """The stores that the options `--store` and `--redis` name."""
+    from gateway.accounts.stores import StoreLocation
+
+    return StoreLocation.of_options(store, redis)
+
+
+def existing_keys(stores: "StoreLocation") -> "KeyStore":
+    """The keys at a location, for commands that must not create a store by mistake.
 
     Raises:
-        ConfigError: if nobody has begun a store there, or it cannot be opened.
+        ConfigError: if there is no store, or it cannot be opened.
     """
     from azeotrope.config import ConfigError
     from gateway.accounts.sqlite_keys import KEYS_FILE
-    from gateway.accounts.stores import default_store, open_keys
+    from gateway.accounts.stores import open_keys
 
-    folder = store or default_store()
-    if redis is not None:
-        open_keys(folder, redis, must_exist=True)
-    elif not (folder / KEYS_FILE).is_file():
-        raise ConfigError(f"no keys in {folder}; `azeotrope keys create NAME` begins a store")
-    return open_keys(folder, redis)
+    if stores.redis is not None:
+        # `must_exist` also means read-only, so the store is opened again below.
+        open_keys(stores, must_exist=True)
+    elif not (stores.folder / KEYS_FILE).is_file():
+        raise ConfigError(
+            f"no keys in {stores.folder}; `azeotrope keys create NAME` begins a store"
+        )
+    return open_keys(stores)
 
 
 @app.command()
 def create(
-    name: Annotated[str, typer.Argument(help="whose key it is")],
-    tier: Annotated[str, typer.Option(help="rules and quotas, by their name in the policy")] = (
-        "standard"
-    ),
+    name: Annotated[str, typer.Argument(help="name of the customer or program that gets the key")],
+    tier: Annotated[
+        str, typer.Option(help="tier of the policy, which sets the key's rules and quotas")
+    ] = "standard",
     licence: Annotated[
-        str, typer.Option(help="usage, or distillation: the undefended teacher")
+        str,
+        typer.Option(help="usage, or distillation, which permits use of the undefended teacher"),
     ] = "usage",
     model: Annotated[
-        list[str] | None, typer.Option(help="permitted model, may be repeated (default: all)")
+        list[str] | None, typer.Option(help="permitted model; repeatable (default: all)")
     ] = None,
     feature: Annotated[
-        list[str] | None, typer.Option(help="chat or completions, may be repeated (default: both)")
+        list[str] | None,
+        typer.Option(
+            help="chat, completions or metrics; repeatable (default: chat and completions)"
+        ),
     ] = None,
-    expires_days: Annotated[float | None, typer.Option(help="days (default: no end)")] = None,
+    expires_days: Annotated[
+        float | None, typer.Option(help="days until the key expires (default: never)")
+    ] = None,
     store: StorePath = None,
     redis: RedisUrl = None,
 ) -> None:
-    """Make a key and print its token, once."""
+    """Create a key and print its token once."""
     from gateway.accounts.key_records import ORDINARY
-    from gateway.accounts.stores import default_store, open_keys
+    from gateway.accounts.stores import open_keys
 
-    record, token = open_keys(store or default_store(), redis).create(
+    record, token = open_keys(store_location(store, redis)).create(
         name,
         tier=tier,
         licence=licence,
@@ -78,28 +96,28 @@ def create(
         features=feature or ORDINARY,
         expires_in_s=None if expires_days is None else expires_days * DAY_S,
     )
-    _show(record, token)
+    _print_token(record, token)
     if licence == "distillation":
         _note(
-            "This licence permits distillation: the key gets the undefended teacher, and whoever "
-            "holds it can copy the model."
+            "This licence permits distillation: the key gets the undefended teacher, and its "
+            "holder can copy the model."
         )
 
 
 @app.command("list")
-def show(store: StorePath = None, redis: RedisUrl = None) -> None:
-    """Show all keys, but no token: tokens are not stored."""
+def list_keys(store: StorePath = None, redis: RedisUrl = None) -> None:
+    """List all keys. Tokens are not stored and cannot be shown."""
     import time
 
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    keys = existing_keys(store, redis).list()
-    # The ids of rotated keys do not say whose they are.
+    keys = existing_keys(store_location(store, redis)).list()
+    # The account is shown where it differs from the id: it says whose key was rotated.
     rotated = any(key.account != key.id for key in keys)
     table = Table(title="keys")
-    table.add_column("id", no_wrap=True)  # to be copied whole
+    table.add_column("id", no_wrap=True)  # in one line, so that it can be copied
     for column in ("name", "tier", "licence", "models", "features", "created", "state"):
         table.add_column(column, overflow="fold")
     if rotated:
@@ -108,7 +126,7 @@ def show(store: StorePath = None, redis: RedisUrl = None) -> None:
         cells = (key.id, key.name, key.tier, key.licence, ", ".join(key.models) or "all")
         more = (", ".join(key.features), _date(key.created), _state(key, time.time()))
         account = (key.account if key.account != key.id else "",) if rotated else ()
-        # Text and not markup: a name may hold brackets.
+        # Text and not markup: a name may contain brackets.
         table.add_row(*(Text(cell) for cell in (*cells, *more, *account)))
     Console().print(table)
 
@@ -117,13 +135,13 @@ def show(store: StorePath = None, redis: RedisUrl = None) -> None:
 def revoke(
     id: KeyId,
     all: Annotated[
-        bool, typer.Option("--all", help="and every other key of the same account")
+        bool, typer.Option("--all", help="also revoke every other key of the same account")
     ] = False,
     store: StorePath = None,
     redis: RedisUrl = None,
 ) -> None:
-    """End a key. Gateways learn of it within a second."""
-    keys = existing_keys(store, redis)
+    """Revoke a key. All gateways refuse it within one second."""
+    keys = existing_keys(store_location(store, redis))
     for record in keys.revoke_account(id) if all else [keys.revoke(id)]:
         typer.echo(f"{record.id} ({record.name}) is revoked; gateways refuse it within a second")
 
@@ -132,22 +150,23 @@ def revoke(
 def rotate(
     id: KeyId,
     overlap_hours: Annotated[
-        float, typer.Option(help="how long the old token works beside the new one")
+        float, typer.Option(help="hours during which the old token also works")
     ] = 0.0,
     store: StorePath = None,
     redis: RedisUrl = None,
 ) -> None:
-    """Give a key's rights to a new token, print it once, and end the old one."""
-    record, token = existing_keys(store, redis).rotate(id, overlap_s=overlap_hours * 3600)
-    _show(record, token)
+    """Replace a key: print a new token once, with the same rights, and end the old one."""
+    keys = existing_keys(store_location(store, redis))
+    record, token = keys.rotate(id, overlap_s=overlap_hours * 3600)
+    _print_token(record, token)
     _note(f"{id} works for {overlap_hours:g} hours more." if overlap_hours else f"{id} is revoked.")
 
 
-def _show(record: "KeyRecord", token: str) -> None:
-    # The token alone goes to the standard output, so that a script can take it.
+def _print_token(record: "KeyRecord", token: str) -> None:
+    # Only the token goes to standard output, so that a script can capture it.
     typer.echo(token)
     _note(f"This is the token of {record.id} ({record.name}, tier {record.tier}).")
-    _note("It is not stored and cannot be shown again: keep it now.")
+    _note("It is not stored and cannot be shown again: save it now.")
     if record.expires is not None:
         _note(f"It ends on {_date(record.expires)}.")
 

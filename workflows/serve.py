@@ -183,7 +183,7 @@ def _announce(console: Console, config: ServeConfig, point: Point, seconds: floa
         f"[bold]{config.called}[/bold] ({what}) is served at {url}/v1 after {seconds:.0f} s",
         soft_wrap=True,
     )
-    keys = open_keys(config.folder, config.redis, must_exist=True).list()
+    keys = open_keys(config.stores, must_exist=True).list()
     if not keys:
         # Without the address itself: there may be a password in it.
         where = " --redis URL" if config.redis else ""

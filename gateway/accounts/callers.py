@@ -1,11 +1,11 @@
-"""Who asks: the key in a request's headers."""
+"""Authentication: from the headers of a request to the record of its key."""
 
 import asyncio
 import logging
 from collections.abc import Collection, Mapping
 
 from gateway.accounts.key_records import KeyRecord
-from gateway.accounts.keys import Keys
+from gateway.accounts.keys import KeyStore
 from gateway.errors import ApiError
 from gateway.metrics import Metrics
 
@@ -13,50 +13,56 @@ logger = logging.getLogger(__name__)
 
 
 class Callers:
-    """Knows callers by their keys, and refuses everybody else in the same words."""
+    """Identifies callers by their keys, and refuses all invalid keys in the same words.
 
-    def __init__(self, keys: Keys, metrics: Metrics) -> None:
+    One message for all reasons, so that a stolen or guessed token cannot be told from one that
+    never existed.
+    """
+
+    def __init__(self, keys: KeyStore, metrics: Metrics) -> None:
         self._keys, self._metrics = keys, metrics
         self._warned: set[str] = set()
 
     async def identify(
         self, headers: Mapping[str, str], tiers: Collection[str], feature: str | None = None
     ) -> KeyRecord:
-        """The key behind a request.
+        """The key of a request.
 
         Args:
-            tiers: those of the policy; a key of another is as good as none.
+            tiers: those of the policy; a key of another tier counts as invalid.
+            feature: what the request uses; None needs no permission.
 
         Raises:
             ApiError: 401 for a key that is missing, unknown, revoked or expired; 403 for one that
-                may not use this endpoint.
+                may not use this feature.
         """
         scheme, _, token = headers.get("authorization", "").partition(" ")
-        found = None
+        record = None
         if scheme.lower() == "bearer" and token.strip():
-            found = await asyncio.to_thread(self._keys.find, token.strip())
-        if found is not None and found.tier not in tiers:
-            self._warn_of_tier(found)
-            found = None
-        if found is None:
+            # The store may read a file or ask Redis, and other streams must go on meanwhile.
+            record = await asyncio.to_thread(self._keys.find, token.strip())
+        if record is not None and record.tier not in tiers:
+            self._warn_of_tier(record)
+            record = None
+        if record is None:
             self._metrics.refused("key")
             raise no_key()
-        if feature is not None and feature not in found.features:
+        if feature is not None and feature not in record.features:
             self._metrics.refused("scope")
             raise ApiError(
                 403,
-                f"this key may not use {feature}; its scopes: {', '.join(found.features)}",
+                f"this key may not use {feature}; its scopes: {', '.join(record.features)}",
                 kind="permission_error",
                 code="insufficient_scope",
             )
-        return found
+        return record
 
     def forget_warnings(self) -> None:
-        """The policy is another, and keys may be refused for another reason."""
+        """Warn again about every key: the policy changed, and the reasons may have too."""
         self._warned.clear()
 
     def _warn_of_tier(self, key: KeyRecord) -> None:
-        """Tell the operator, once for each key and policy, what its owner is not told."""
+        """Tell the operator, once for each key and policy, why it is refused."""
         if key.id in self._warned:
             return
         self._warned.add(key.id)

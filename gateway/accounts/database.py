@@ -1,6 +1,5 @@
-"""A SQLite file that several processes share and that only its owner reads."""
+"""A SQLite file that several processes share and that no other user may open."""
 
-import fcntl
 import os
 import sqlite3
 import threading
@@ -9,20 +8,23 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from azeotrope.config import ConfigError
 
 BUSY_TIMEOUT_S = 5.0
+"""How long a transaction waits for the write lock of another one before it fails."""
 
 
 class StoreError(ConfigError):
     """Keys or quotas cannot be read or written; a gateway that sees this must not serve."""
 
 
-class _Held(threading.local):
-    """This thread's connections, each with the device and inode of its file.
+class _ThreadConnections(threading.local):
+    """The connections of one thread, each with the device and inode of the file that it opened.
 
-    A connection must not cross a fork, not even to be closed: the child keeps its parent's,
-    untouched, beside its own.
+    They are listed by process, because SQLite forbids carrying a connection across a fork, even to
+    close it. A child process keeps its parent's entry untouched and adds one of its own.
     """
 
     def __init__(self) -> None:
@@ -32,32 +34,35 @@ class _Held(threading.local):
 class Database:
     """One connection for each thread of each process, in WAL mode, so readers never wait.
 
-    A commit is written but not forced to the disk (`synchronous=NORMAL`): it survives the death of
-    the process, and the last ones may be lost when the machine loses its power.
+    A commit is written but not forced to the disk (`synchronous=NORMAL`). It survives the death of
+    the process; a power failure of the machine may lose the last commits.
     """
 
     def __init__(self, path: Path, schema: str, tables: Sequence[str], *, read_only: bool) -> None:
-        """Open the file; unless it is opened to read only, make it and its tables first.
+        """Open the file. Unless `read_only` is set, create it and its tables first.
+
+        Args:
+            schema: SQL statements that create what is missing and change nothing else.
+            tables: the tables whose pages are checked for damage now.
 
         Raises:
-            StoreError: if the file is missing (read only), broken, or open to other users.
+            StoreError: if the file is missing (read only), damaged, or open to other users.
         """
         self.path, self._read_only = path, read_only
-        self._held = _Held()
+        self._connections = _ThreadConnections()
         if not read_only:
-            self._make(schema)
+            self._create(schema)
         for table in tables:
-            # A broken page is found now, and not by the request that needs it.
-            self.check(table)
-
-    def check(self, table: str) -> None:
-        """Raises StoreError if a page of this table is broken."""
-        [(verdict,), *_] = self.rows(f"PRAGMA quick_check({table})")
-        if verdict != "ok":
-            raise StoreError(f"{self.path} is damaged ({verdict}); restore it from a copy")
+            # A damaged page stops the start of a gateway here. Otherwise the first request that
+            # needs the page would discover it.
+            self._check_pages(table)
 
     def rows(self, sql: str, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
-        """The answer to a question that changes nothing."""
+        """The rows of a query that changes nothing.
+
+        Raises:
+            StoreError: if the file cannot be read, or another one replaced it.
+        """
         try:
             return self._connection().execute(sql, values).fetchall()
         except sqlite3.Error as error:
@@ -65,9 +70,15 @@ class Database:
 
     @contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
-        """All or nothing, and alone: the write lock is taken before anything is read."""
+        """All changes of the block or none, with no other writer in between.
+
+        Raises:
+            StoreError: if the file cannot be written, or another writer held it for too long.
+        """
         try:
             connection = self._connection()
+            # IMMEDIATE takes the write lock before the first read. With the default (DEFERRED) two
+            # writers could read the same quota, and both would let their request in.
             connection.execute("BEGIN IMMEDIATE")
             try:
                 yield connection
@@ -78,13 +89,21 @@ class Database:
         except sqlite3.Error as error:
             raise self._explained(error) from error
 
-    def _make(self, schema: str) -> None:
+    def _check_pages(self, table: str) -> None:
+        [(verdict,), *_] = self.rows(f"PRAGMA quick_check({table})")
+        if verdict != "ok":
+            raise StoreError(f"{self.path} is damaged ({verdict}); restore it from a copy")
+
+    def _create(self, schema: str) -> None:
         folder = self.path.parent
-        # A folder that exists keeps its mode: it may be the user's for other things too.
+        # An existing folder keeps its mode: the user may need it for other purposes too.
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with _locked(folder):
-            # Only a file that nobody has open may be opened and closed by hand: closing it would
-            # drop the locks that SQLite holds in this process.
+        # One process at a time. The switch to WAL needs the file alone and does not wait for it as
+        # other statements do: of two processes that start together, one would fail.
+        with FileLock(folder / f".{self.path.name}.lock", mode=0o600):
+            # SQLite itself would create the file with the mode of the umask. Only a new file may be
+            # opened and closed here: POSIX drops all locks of a process on a file when the process
+            # closes any descriptor of it, so SQLite would lose the locks that it holds.
             with suppress(FileExistsError):
                 os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
             try:
@@ -96,45 +115,40 @@ class Database:
 
     def _connection(self) -> sqlite3.Connection:
         identity = self._identity()
-        held = self._held.by_process.get(os.getpid())
-        if held is None:
-            held = self._held.by_process[os.getpid()] = (self._connect(), identity)
-        connection, opened = held
-        if opened != identity:
+        entry = self._connections.by_process.get(os.getpid())
+        if entry is None:
+            entry = self._connections.by_process[os.getpid()] = (self._connect(), identity)
+        connection, opened_identity = entry
+        if opened_identity != identity:
             raise StoreError(f"{self.path} was replaced while it was open; start again")
         return connection
 
     def _connect(self) -> sqlite3.Connection:
         mode = "ro" if self._read_only else "rw"
         uri = f"{self.path.resolve().as_uri()}?mode={mode}"
+        # isolation_level=None: Python opens no transactions of its own beside `transaction`.
         connection = sqlite3.connect(uri, uri=True, timeout=BUSY_TIMEOUT_S, isolation_level=None)
         connection.execute("PRAGMA synchronous=NORMAL")
         return connection
 
     def _identity(self) -> tuple[int, int]:
-        """Which file it is. A deleted one would go on answering from its open descriptor."""
+        """Device and inode of the file at the path now, after a look at its mode.
+
+        Each use asks for it. An open connection goes on answering from a file that was deleted or
+        moved, so a gateway would accept keys that were revoked in the new file.
+        """
         try:
-            found = os.stat(self.path)
+            status = os.stat(self.path)
         except OSError as error:
             raise StoreError(f"no store at {self.path} ({error.strerror})") from error
-        # The group may have been let in on purpose, as container platforms do; others never are.
-        if found.st_mode & 0o007:
-            mode = f"{found.st_mode & 0o777:04o}"
+        # Container platforms give a volume's group access on purpose, so the group's bits may be
+        # set; those of all other users may not.
+        if status.st_mode & 0o007:
+            mode = f"{status.st_mode & 0o777:04o}"
             raise StoreError(
                 f"{self.path} has mode {mode}, so that every user can open it: chmod 600 it"
             )
-        return found.st_dev, found.st_ino
+        return status.st_dev, status.st_ino
 
     def _explained(self, error: sqlite3.Error) -> StoreError:
         return StoreError(f"the store {self.path} cannot be used: {error}")
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """One process at a time sets a file up: switching to WAL does not wait for others."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)

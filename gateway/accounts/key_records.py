@@ -1,4 +1,4 @@
-"""What is known of an API key, and what one may be."""
+"""The record of an API key, and the rules for what a key may be."""
 
 import hashlib
 import json
@@ -13,26 +13,26 @@ from gateway.accounts.database import StoreError
 Licence = Literal["usage", "distillation"]
 FEATURES = ("chat", "completions", "metrics")
 ORDINARY = ("chat", "completions")
-"""What a key may use unless it is said otherwise."""
+"""The features of a key by default."""
 UNDEFENDED = ":undefended"
-"""Ends the name of the licensed model, and of the account whose quota and bill it goes to."""
+"""Suffix of the licensed model's name, and of the account that its use is counted on."""
 
 
 @dataclass(frozen=True)
 class KeyRecord:
-    """What is known of a key; the token is not. Times are seconds since 1970."""
+    """What the store knows about a key, which is not the token. Times are seconds since 1970."""
 
     id: str
-    """Public: it may stand in logs and bills."""
+    """Public: it may appear in logs and bills."""
     account: str
-    """The customer: the id of the first key, whatever it was rotated to since. Quotas, usage and
-    the extraction score go by it."""
+    """The customer: the id of their first key, which all keys rotated from it share. Quotas, usage
+    and the extraction score are counted per account."""
     name: str
     tier: str
     licence: Licence
     """`distillation` permits what the defenses prevent: the key gets the undefended teacher."""
     models: tuple[str, ...]
-    """() permits all."""
+    """Permitted models; () permits all."""
     features: tuple[str, ...]
     created: float
     expires: float | None
@@ -44,11 +44,14 @@ class KeyRecord:
         return self.revoked is None and (self.expires is None or now < self.expires)
 
     def revoked_at(self, now: float) -> "KeyRecord":
-        """The same key, ended; one that was ended already keeps the time of the first."""
+        """The same key, revoked; a key that is revoked already keeps its first time."""
         return self if self.revoked is not None else replace(self, revoked=now)
 
     def replaced_at(self, now: float, overlap_s: float) -> "KeyRecord":
-        """The same key once another has taken its place: ended, or after the overlap."""
+        """The same key after its rotation: revoked now, or expiring when the overlap ends.
+
+        An overlap never prolongs a key that would expire before its end.
+        """
         if not overlap_s:
             return self.revoked_at(now)
         ends = now + overlap_s
@@ -60,15 +63,16 @@ class KeyRecord:
         return vars(self) | lists
 
     @classmethod
-    def of(cls, plain: Mapping[str, Any]) -> "KeyRecord":
-        """What `plain` gave.
+    def from_plain(cls, columns: Mapping[str, Any]) -> "KeyRecord":
+        """The inverse of `plain`.
 
         Raises:
-            StoreError: if it is something else, so that nobody is let in by half a record.
+            StoreError: if a column is missing, unknown or malformed. A partial record grants
+                nothing.
         """
         try:
-            lists = {name: tuple(json.loads(str(plain[name]))) for name in ("models", "features")}
-            return cls(**{**plain, **lists})
+            lists = {name: tuple(json.loads(str(columns[name]))) for name in ("models", "features")}
+            return cls(**{**columns, **lists})
         except (ValueError, TypeError, KeyError) as error:
             raise StoreError(f"the record of a key cannot be read: {error}") from error
 
@@ -82,24 +86,35 @@ def new_token() -> str:
 
 
 def digest(token: str) -> bytes:
-    """What is kept of a token: its SHA-256, without a salt and without a slow hash.
+    """The SHA-256 of a token, which is all that a store keeps of it.
 
-    Both protect what people choose and others guess; a token is 256 random bits, so there is
-    nothing to guess, no two are equal, and a slow hash would only help whoever floods the gateway.
+    Passwords need a salt and a slow hash because people choose them and attackers guess them. A
+    token is 256 random bits: it cannot be guessed and no two are equal, so neither would help. A
+    slow hash would only make it cheaper to overload the gateway with wrong tokens.
     """
-    # A header may hold anything; what no token holds is simply unknown.
+    # A header may contain any characters. Text that no token contains gets a digest that is in no
+    # store, and not an error.
     return hashlib.sha256(token.encode("utf-8", "surrogatepass")).digest()
 
 
-def licence_of(given: str) -> Licence:
-    """Raises ConfigError for what is no licence."""
-    if given == "usage" or given == "distillation":
-        return given
-    raise ConfigError(f"licence must be usage or distillation, got {given!r}")
+def parse_licence(name: str) -> Licence:
+    """The licence of this name.
+
+    Raises:
+        ConfigError: if there is no such licence.
+    """
+    if name == "usage" or name == "distillation":
+        return name
+    raise ConfigError(f"licence must be usage or distillation, got {name!r}")
 
 
-def check(name: str, features: Sequence[str], expires_in_s: float | None) -> None:
-    """Raises ConfigError for what no key may be."""
+def check_rights(name: str, features: Sequence[str], expires_in_s: float | None) -> None:
+    """Refuse a key that could not be used.
+
+    Raises:
+        ConfigError: if the name is blank, a feature is unknown or missing, or the key would expire
+            at once.
+    """
     if not name.strip():
         raise ConfigError("a key needs a name, such as that of the customer or the program")
     unknown = sorted(set(features) - set(FEATURES))

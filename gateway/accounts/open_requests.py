@@ -1,4 +1,4 @@
-"""Requests under way in one replica, and their bill: what they wrote is never lost."""
+"""The open requests of one replica: their quota is reserved, and what they wrote is billed."""
 
 import asyncio
 import logging
@@ -7,48 +7,41 @@ from collections.abc import Coroutine
 from typing import Any
 
 from gateway.accounts.database import StoreError
-from gateway.accounts.ledger import Ledger
+from gateway.accounts.ledger import Ledger, Reservation
 from gateway.accounts.quotas import Limits, Refusal, Standing
 
 logger = logging.getLogger(__name__)
 HEARTBEAT_S = 1.0
 LEASE_S = 10.0
-"""A replica that has not been heard of for so long is dead, and others settle its requests."""
+"""A replica that is silent for so long counts as dead, and others settle its requests. Ten
+heartbeats, so that a few slow or failed ones end nothing."""
 
 
 class OpenRequests:
-    """Reserves, counts and settles. While anything is open the ledger hears of it each second."""
+    """Reserves, counts and settles; reports to the ledger every second while a request is open."""
 
     def __init__(self, ledger: Ledger) -> None:
         self.owner = f"gateway-{secrets.token_hex(6)}"
         self._ledger = ledger
         self._written: dict[str, int] = {}
+        # The event loop holds only weak references to its tasks. Without this set a bill could be
+        # garbage-collected before it is written.
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._beating: asyncio.Task[None] | None = None
+        self._heartbeat: asyncio.Task[None] | None = None
 
     def __len__(self) -> int:
         return len(self._written)
 
-    async def reserve(
-        self, key: str, request: str, *, prompt: int, completion: int, slots: int, limits: Limits
-    ) -> Standing | Refusal:
-        """Open a request, unless its account (`key`) has not so much left."""
-        found = await asyncio.to_thread(
-            self._ledger.reserve,
-            key,
-            request,
-            prompt=prompt,
-            completion=completion,
-            slots=slots,
-            limits=limits,
-            owner=self.owner,
-            lease_s=LEASE_S,
+    async def reserve(self, reservation: Reservation, limits: Limits) -> Standing | Refusal:
+        """Open a request, unless a limit of its account does not allow it."""
+        answer = await asyncio.to_thread(
+            self._ledger.reserve, reservation, limits, owner=self.owner, lease_s=LEASE_S
         )
-        if isinstance(found, Standing):
-            self._written[request] = 0
-            if self._beating is None or self._beating.done():
-                self._beating = self._spawn(self._beat())
-        return found
+        if isinstance(answer, Standing):
+            self._written[reservation.request] = 0
+            if self._heartbeat is None or self._heartbeat.done():
+                self._heartbeat = self._spawn(self._report())
+        return answer
 
     def add(self, request: str, tokens: int) -> None:
         """Count tokens that were written for an open request."""
@@ -56,12 +49,14 @@ class OpenRequests:
             self._written[request] += tokens
 
     def written(self, request: str) -> int:
+        """Completion tokens of an open request so far; 0 if it is not open."""
         return self._written.get(request, 0)
 
     def settle(self, request: str) -> int | None:
-        """Close a request; gives its completion tokens, or None if it was closed before.
+        """Close a request; returns its completion tokens, or None if it was closed before.
 
-        Whoever waits for the answer may be cancelled at this moment; the bill is written anyway.
+        This does not wait for the ledger: the client may have disconnected and the caller may be
+        cancelled at its next `await`, but the bill must be written.
         """
         tokens = self._written.pop(request, None)
         if tokens is not None:
@@ -70,22 +65,23 @@ class OpenRequests:
 
     async def close(self) -> None:
         """Wait for bills that are being written."""
-        if self._beating is not None:
-            self._beating.cancel()
+        if self._heartbeat is not None:
+            self._heartbeat.cancel()
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=LEASE_S)
 
-    async def _beat(self) -> None:
+    async def _report(self) -> None:
         while True:
             await asyncio.sleep(HEARTBEAT_S)
             if not self._written:
                 return
+            # A copy: the event loop goes on counting while the thread writes.
             written = dict(self._written)
             try:
                 await asyncio.to_thread(self._ledger.progress, self.owner, written, lease_s=LEASE_S)
             except StoreError as error:
-                # The lease is longer than a beat: the next one may be in time still.
-                logger.warning("the ledger did not hear of open requests: %s", error)
+                # The lease is longer than a heartbeat, so the next report may still be in time.
+                logger.warning("the ledger did not receive a report of open requests: %s", error)
 
     def _spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         task = asyncio.get_running_loop().create_task(work)
@@ -96,5 +92,5 @@ class OpenRequests:
     def _done(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and task.exception() is not None:
-            # The lease runs out, and whoever comes next settles at what was last heard.
+            # The lease will run out, and another process settles at the last report.
             logger.error("the ledger could not be written", exc_info=task.exception())

@@ -1,4 +1,4 @@
-"""What a key may use, where it stands, and when a request that does not fit would fit."""
+"""Limits of an account, its standing, and the time until a refused request would fit."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -8,8 +8,8 @@ from gateway.policy import Tier
 
 WINDOW_MS = 60_000
 DAY_MS = 86_400_000
-PLACE_MS = 1_000
-"""When a completion will end is unknown; who waits for its place asks again so often."""
+SLOT_RETRY_MS = 1_000
+"""Retry time for `concurrency`. The end of a completion is unknown, so this is a guess."""
 
 LimitName = Literal["requests", "tokens", "tokens_day", "concurrency"]
 
@@ -26,7 +26,11 @@ class Limits:
 
     @classmethod
     def of(cls, tier: Tier, share: float = 1.0) -> "Limits":
-        """A tier's quotas, or the share of them that a throttled key keeps (at least 1 of each)."""
+        """The quotas of a tier, or the share of them that a throttled key keeps (at least 1 each).
+
+        Raises:
+            ValueError: if the share is not above 0 and at most 1.
+        """
         if not 0 < share <= 1:
             raise ValueError(f"share must be above 0 and at most 1, got {share}")
         return cls(
@@ -39,9 +43,10 @@ class Limits:
 
 @dataclass(frozen=True)
 class Standing:
-    """A key's minute, as the `x-ratelimit-*` headers tell it.
+    """The state of an account's minute, as the `x-ratelimit-*` headers report it.
 
-    A reset is the time until all is free again if nothing more is asked: 0 where all is free.
+    A reset is the time until everything is free again if no other request arrives; it is 0 if
+    everything is free now.
     """
 
     limit_requests: int
@@ -57,30 +62,31 @@ class Refusal:
     """Why a request may not start now; nothing was reserved."""
 
     limit: LimitName
-    """Of several, the one that takes longest."""
+    """If several limits are exceeded, the one with the longest wait."""
     retry_after_s: float
-    """Then it fits if nothing else is asked meanwhile (exact to the millisecond; for `concurrency`
-    a guess); 0 where `never`."""
+    """When the request fits if no other arrives meanwhile: exact to the millisecond, but a guess
+    for `concurrency`, and 0 with `never`."""
     standing: Standing
     never: bool
-    """The request is larger than the limit alone, so waiting does not help."""
+    """The request alone is larger than the limit, so waiting does not help."""
 
 
 @dataclass(frozen=True)
 class Minute:
-    """What counts against a key at one moment, in ms since 1970, before a request is let in."""
+    """What counts against an account at one moment, before a request is admitted."""
 
     now: int
+    """Milliseconds since 1970."""
     requests: int
     tokens: int
-    """Of the last 60 s: reserved ones of open requests, used ones of settled requests."""
+    """Tokens of the last 60 s: reserved ones of open requests, used ones of settled requests."""
     newest: int
-    """Arrival of the last request in the window."""
+    """Arrival of the last request in the window, in milliseconds since 1970."""
     day_tokens: int
     slots: int
 
     def after(self, tokens: int, slots: int) -> "Minute":
-        """The same moment, with a request let in."""
+        """The same moment, with a request admitted."""
         return replace(
             self,
             requests=self.requests + 1,
@@ -91,7 +97,7 @@ class Minute:
         )
 
     def excess(self, limits: Limits) -> dict[LimitName, int]:
-        """By how much each limit is overstepped; those that are kept are left out."""
+        """The limits that are exceeded, and by how much."""
         over: dict[LimitName, int] = {
             "requests": self.requests - limits.requests_per_minute,
             "tokens": self.tokens - limits.tokens_per_minute,
@@ -101,7 +107,9 @@ class Minute:
         return {name: amount for name, amount in over.items() if amount > 0}
 
     def standing(self, limits: Limits) -> Standing:
+        # Everything is free when the newest request has left the window.
         reset_s = (self.newest + WINDOW_MS - self.now) / 1000 if self.requests else 0.0
+        # A throttled account may already be above its new limits; nothing remains then.
         return Standing(
             limit_requests=limits.requests_per_minute,
             remaining_requests=max(0, limits.requests_per_minute - self.requests),
@@ -117,8 +125,8 @@ class Minute:
         """Why a request does not fit.
 
         Args:
-            leaving: for limits of the minute that are overstepped, the arrival of the request
-                whose leaving makes room.
+            leaving: for each exceeded limit of the minute, the arrival of the request whose leaving
+                the window makes room.
         """
         standing = self.standing(limits)
         alone = replace(self, requests=0, tokens=0, day_tokens=0, slots=0).after(tokens, slots)
@@ -129,7 +137,7 @@ class Minute:
             if name == "tokens_day":
                 waits[name] = DAY_MS - self.now % DAY_MS
             elif name == "concurrency":
-                waits[name] = PLACE_MS
+                waits[name] = SLOT_RETRY_MS
             else:
                 waits[name] = leaving[name] + WINDOW_MS - self.now
         longest = max(waits, key=lambda name: waits[name])

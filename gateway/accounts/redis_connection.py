@@ -1,7 +1,7 @@
-"""A Redis that the gateways of several nodes share; needs the extra `redis`.
+"""A connection to a Redis that the gateways of several nodes share; needs the extra `redis`.
 
-It must keep what it is given: `appendonly yes` and `maxmemory-policy noeviction`. Pass a client or
-a `rediss://` URL where the network is not trusted.
+This Redis must not lose data: it needs `appendonly yes` and `maxmemory-policy noeviction`. On a
+network that is not trusted, pass a `rediss://` URL (TLS) or a client of your own.
 """
 
 from collections.abc import Iterator
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from redis import Redis
 
 TAG = "{azeotrope}"
-"""Begins every name, so that a Redis cluster keeps all of them on one node, where they can be
-changed together."""
+"""Prefix of every name. A Redis cluster hashes the part in braces alone, so all names are on one
+node, where a transaction or a script can change them together."""
 TIMEOUT_S = 2.0
 
 
@@ -24,7 +24,7 @@ class RedisConnection:
     """A client, and errors that say which store they concern."""
 
     def __init__(self, url_or_client: "str | Redis", store: str) -> None:
-        """Prepare a connection; nothing is asked yet.
+        """Prepare a connection; no command is sent yet.
 
         Args:
             store: what is kept there, for messages.
@@ -38,7 +38,7 @@ class RedisConnection:
             raise ConfigError(
                 f"{store} in Redis need the package redis: pip install 'azeotrope[redis]'"
             ) from error
-        self._broken, self._store = redis.RedisError, store
+        self._error_type, self._store = redis.RedisError, store
         if not isinstance(url_or_client, str):
             self.client = url_or_client
             return
@@ -53,14 +53,18 @@ class RedisConnection:
             ) from error
 
     @contextmanager
-    def asked(self) -> Iterator[None]:
-        """What Redis does not answer within is a StoreError."""
+    def explaining_errors(self) -> Iterator[None]:
+        """Turn errors of Redis in the block into errors of the store.
+
+        Raises:
+            StoreError: if Redis does not answer or refuses a command.
+        """
         try:
             yield
-        except self._broken as error:
+        except self._error_type as error:
             raise StoreError(f"{self._store} in Redis cannot be used: {error}") from error
 
 
 def text(value: bytes | str) -> str:
-    """Clients answer with the one or the other, as they were told to."""
+    """A reply as text: clients return bytes or text, depending on their settings."""
     return value.decode() if isinstance(value, bytes) else value

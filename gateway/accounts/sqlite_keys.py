@@ -8,19 +8,20 @@ from pathlib import Path
 
 from gateway.accounts.database import Database, StoreError
 from gateway.accounts.key_records import KeyRecord
-from gateway.accounts.keys import CACHE_S, SECRET_BYTES, Keys, Shelf, T
+from gateway.accounts.keys import SECRET_BYTES, KeyStore, KeyTransaction, T
 
 KEYS_FILE = "keys.sqlite"
-"""In the folder of a gateway's stores."""
+"""Name of the file in a gateway's folder."""
 
 _COLUMNS = (
     "id, account, name, tier, licence, models, features, created, expires, revoked, watermark_key"
 )
 _ALL = f"SELECT {_COLUMNS} FROM keys ORDER BY created, id"
+# The unique digest is the index that `find` reads: a request never searches the table.
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS keys (
     id TEXT PRIMARY KEY,
-    account TEXT,
+    account TEXT NOT NULL,
     digest BLOB NOT NULL UNIQUE,
     name TEXT NOT NULL,
     tier TEXT NOT NULL,
@@ -39,7 +40,7 @@ CREATE TABLE IF NOT EXISTS secrets (
 """
 
 
-class KeyStore(Keys):
+class SqliteKeyStore(KeyStore):
     """Keys in a SQLite file of mode 0600."""
 
     def __init__(
@@ -48,25 +49,26 @@ class KeyStore(Keys):
         *,
         must_exist: bool = False,
         clock: Callable[[], float] = time.time,
-        cache_s: float = CACHE_S,
     ) -> None:
-        """Open the store, or make it; one of an earlier version is brought up to date.
+        """Open the store, or create it.
 
         Args:
             must_exist: for gateways: a missing file is an error, and the store is only read.
-            cache_s: at most 1 s.
 
         Raises:
-            StoreError: if the file is missing (`must_exist`), broken, or open to other users; if it
-                is of an earlier version and may not be written.
+            StoreError: if the file is missing or incomplete (`must_exist`), damaged, or open to
+                other users.
         """
-        super().__init__(clock, cache_s)
-        self._database = Database(path, _SCHEMA, ["keys"], read_only=must_exist)
-        # quick_check finds nothing wrong with a table that is not there.
+        super().__init__(clock)
+        self._database = Database(path, _SCHEMA, ["keys", "secrets"], read_only=must_exist)
+        # The check of pages reports no error for a missing table, so this query asks for one.
         self._database.rows("SELECT digest FROM keys LIMIT 1")
-        if not must_exist:
-            self._complete()
-        self._secret = self._stored_secret()
+        if not must_exist and self._stored_secret() is None:
+            self._add_secret()
+        secret = self._stored_secret()
+        if secret is None:
+            raise StoreError(f"{path} has no secret; `azeotrope keys list` adds one")
+        self._secret = secret
 
     def secret(self) -> bytes:
         return self._secret
@@ -76,49 +78,28 @@ class KeyStore(Keys):
         rows = self._database.rows(sql, (digest,))
         return _record(rows[0]) if rows else None
 
-    def _change(self, act: Callable[[Shelf], T]) -> T:
+    def _change(self, act: Callable[[KeyTransaction], T]) -> T:
         with self._database.transaction() as connection:
-            return act(_Rows(connection))
+            return act(_SqliteTransaction(connection))
 
-    def _complete(self) -> None:
-        """Add what stores of earlier versions do not have."""
-        if self._is_complete():
-            return
+    def _add_secret(self) -> None:
         with self._database.transaction() as connection:
-            # Another process may have done it since.
-            if not self._has_accounts():
-                connection.execute("ALTER TABLE keys ADD COLUMN account TEXT")
-                connection.execute("UPDATE keys SET account = id")
+            # Two processes may create the store together. The first secret stays, and both read it
+            # back from the file.
             connection.execute(
                 "INSERT OR IGNORE INTO secrets VALUES ('server', ?)",
                 (secrets.token_bytes(SECRET_BYTES),),
             )
 
-    def _has_accounts(self) -> bool:
-        columns = self._database.rows("SELECT name FROM pragma_table_info('keys')")
-        return ("account",) in columns
-
-    def _is_complete(self) -> bool:
-        tables = self._database.rows("SELECT name FROM sqlite_schema WHERE name = 'secrets'")
-        if not tables or not self._has_accounts():
-            return False
-        self._database.check("secrets")
-        return bool(self._database.rows("SELECT 1 FROM secrets WHERE name = 'server'"))
-
-    def _stored_secret(self) -> bytes:
-        if not self._is_complete():
-            raise StoreError(
-                f"{self._database.path} is of an earlier version and may only be read here; "
-                "`azeotrope keys list` brings it up to date"
-            )
-        [(value,)] = self._database.rows("SELECT value FROM secrets WHERE name = 'server'")
-        return value
+    def _stored_secret(self) -> bytes | None:
+        rows = self._database.rows("SELECT value FROM secrets WHERE name = 'server'")
+        return rows[0][0] if rows else None
 
     def list(self) -> Sequence[KeyRecord]:
         return [_record(row) for row in self._database.rows(_ALL)]
 
 
-class _Rows:
+class _SqliteTransaction:
     """The keys within a transaction."""
 
     def __init__(self, connection: sqlite3.Connection) -> None:
@@ -140,6 +121,7 @@ class _Rows:
         )
 
     def put(self, record: KeyRecord) -> None:
+        # The end of a key is all that may change: an update cannot widen its rights.
         self._connection.execute(
             "UPDATE keys SET expires = ?, revoked = ? WHERE id = ?",
             (record.expires, record.revoked, record.id),
@@ -147,7 +129,4 @@ class _Rows:
 
 
 def _record(row: Sequence[object]) -> KeyRecord:
-    values: dict[str, object] = dict(zip(_COLUMNS.split(", "), row, strict=True))
-    # A process of an earlier version that is still running adds keys without one.
-    values["account"] = values["account"] or values["id"]
-    return KeyRecord.of(values)
+    return KeyRecord.from_plain(dict(zip(_COLUMNS.split(", "), row, strict=True)))

@@ -1,13 +1,15 @@
-"""Where keys and quotas are: on one node in files of a folder, on several in Redis."""
+"""Where keys and quotas are: on one node in files of a folder, on several nodes in Redis."""
 
 import os
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from gateway.accounts.keys import Keys
-from gateway.accounts.ledger import LEDGER_FILE, Ledger, SqliteLedger
+from gateway.accounts.keys import KeyStore
+from gateway.accounts.ledger import Ledger
 from gateway.accounts.redis_keys import RedisKeyStore
 from gateway.accounts.redis_ledger import RedisLedger
-from gateway.accounts.sqlite_keys import KEYS_FILE, KeyStore
+from gateway.accounts.sqlite_keys import KEYS_FILE, SqliteKeyStore
+from gateway.accounts.sqlite_ledger import LEDGER_FILE, SqliteLedger
 
 
 def default_store() -> Path:
@@ -16,22 +18,43 @@ def default_store() -> Path:
     return Path(home).expanduser() if home else Path.home() / ".azeotrope"
 
 
-def open_keys(folder: Path, redis: str | None = None, *, must_exist: bool = False) -> Keys:
-    """The keys that gateways of this folder, or of this Redis, look at.
+@dataclass(frozen=True)
+class StoreLocation:
+    """Where one deployment of gateways keeps its keys and quotas."""
+
+    folder: Path
+    """Holds them as files, unless `redis` is set."""
+    redis: str | None = field(default=None, repr=False)
+    """URL of a Redis that holds them. Not in the `repr`: there may be a password in it."""
+
+    @classmethod
+    def of_options(cls, store: Path | None, redis: str | None) -> "StoreLocation":
+        """The location that the options `--store` and `--redis` name."""
+        return cls(store or default_store(), redis)
+
+
+def open_keys(location: StoreLocation, *, must_exist: bool = False) -> KeyStore:
+    """The keys of the gateways at a location.
 
     Args:
-        redis: a URL; the folder is not looked at then.
-        must_exist: a store that nobody began is an error, and it is only read.
+        must_exist: a missing store is an error, and the store is only read.
 
     Raises:
         ConfigError: if the package redis is missing or the URL is not one.
         StoreError: if the store cannot be opened.
     """
-    if redis is not None:
-        return RedisKeyStore(redis, must_exist=must_exist)
-    return KeyStore(folder / KEYS_FILE, must_exist=must_exist)
+    if location.redis is not None:
+        return RedisKeyStore(location.redis, must_exist=must_exist)
+    return SqliteKeyStore(location.folder / KEYS_FILE, must_exist=must_exist)
 
 
-def open_ledger(folder: Path, redis: str | None = None) -> Ledger:
-    """The quotas of the same gateways; raises as `open_keys` does."""
-    return SqliteLedger(folder / LEDGER_FILE) if redis is None else RedisLedger(redis)
+def open_ledger(location: StoreLocation) -> Ledger:
+    """The quotas of the gateways at a location.
+
+    Raises:
+        ConfigError: if the package redis is missing or the URL is not one.
+        StoreError: if the ledger cannot be opened.
+    """
+    if location.redis is not None:
+        return RedisLedger(location.redis)
+    return SqliteLedger(location.folder / LEDGER_FILE)

@@ -92,8 +92,8 @@ def gateway_factory(
 ) -> Iterator[GatewayFactory]:
     """Makes gateways; see the top of this file."""
     from azeotrope import models
-    from gateway.accounts.ledger import SqliteLedger
-    from gateway.accounts.sqlite_keys import KeyStore
+    from gateway.accounts.sqlite_keys import SqliteKeyStore
+    from gateway.accounts.sqlite_ledger import SqliteLedger
     from gateway.admitted import Model
     from gateway.policy import Policy
     from gateway.records.audit_log import AuditLog
@@ -121,7 +121,7 @@ def gateway_factory(
             Gateway(
                 model,
                 policy or Policy(),
-                KeyStore(folder / "store.sqlite"),
+                SqliteKeyStore(folder / "store.sqlite"),
                 SqliteLedger(folder / "store.sqlite"),
                 AuditLog(folder / "audit"),
             )

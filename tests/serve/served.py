@@ -15,8 +15,9 @@ from typing import NamedTuple
 import httpx
 import psutil
 
-from gateway.accounts.ledger import LEDGER_FILE, SqliteLedger, Usage
-from gateway.accounts.sqlite_keys import KEYS_FILE, KeyStore
+from gateway.accounts.ledger import Usage
+from gateway.accounts.sqlite_keys import KEYS_FILE, SqliteKeyStore
+from gateway.accounts.sqlite_ledger import LEDGER_FILE, SqliteLedger
 
 READY_S, STOP_S, POLL_S = 120.0, 60.0, 0.1
 
@@ -39,7 +40,7 @@ class Served:
 
     def key(self, tier: str = "trusted") -> Key:
         """A new key."""
-        record, token = KeyStore(self.home / KEYS_FILE).create("test", tier=tier)
+        record, token = SqliteKeyStore(self.home / KEYS_FILE).create("test", tier=tier)
         return Key(record.id, token)
 
     def usage(self, key: Key | None = None) -> list[Usage]:

@@ -18,7 +18,7 @@ from azeotrope.engine.protocol import Chunk, Engine, EngineRequest
 from azeotrope.engine.transformers import TransformersEngine
 from azeotrope.models import Loaded
 from gateway import service
-from gateway.accounts.sqlite_keys import KeyStore
+from gateway.accounts.sqlite_keys import SqliteKeyStore
 from gateway.http.app import create_app
 from gateway.policy import Extraction, Policy, Tier
 from gateway.service import Gateway
@@ -321,7 +321,7 @@ def test_a_key_that_another_process_revokes_stops_within_a_second(
     ask = client(live_server(create_app(gateway)), token)
     assert ask.models.list().data
     # As `azeotrope keys revoke` opens it.
-    KeyStore(gateway.keys._database.path).revoke(record.id)
+    SqliteKeyStore(gateway.keys._database.path).revoke(record.id)
     since = time.monotonic()
     while _is_taken(ask):
         assert time.monotonic() < since + 1.5, "a revoked key is still taken"

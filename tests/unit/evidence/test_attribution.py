@@ -12,7 +12,7 @@ from azeotrope.config import ConfigError
 from azeotrope.defenses.watermark import CONTEXT, Config, build, detect
 from azeotrope.evidence.attribution import attribute
 from azeotrope.generation import Sampling
-from gateway.accounts.sqlite_keys import KEYS_FILE, KeyStore
+from gateway.accounts.sqlite_keys import KEYS_FILE, SqliteKeyStore
 from workflows import cli
 from workflows.attribute import CONFIGURED, read_texts
 
@@ -118,7 +118,7 @@ def trace(*args: object) -> str:
 
 @pytest.fixture
 def store(tmp_path: Path) -> Path:
-    keys = KeyStore(tmp_path / "home" / KEYS_FILE)
+    keys = SqliteKeyStore(tmp_path / "home" / KEYS_FILE)
     for name in OWNERS:
         keys.create(name)
     return tmp_path / "home"
@@ -127,7 +127,7 @@ def store(tmp_path: Path) -> Path:
 def test_the_command_names_the_key(
     teacher: models.Loaded, innocent: list[str], store: Path, tmp_path: Path
 ) -> None:
-    keys = KeyStore(store / KEYS_FILE)
+    keys = SqliteKeyStore(store / KEYS_FILE)
     guilty = keys.list()[4]
     # A key that was revoked, or rotated, is still known by its mark.
     successor, _ = keys.rotate(guilty.id)

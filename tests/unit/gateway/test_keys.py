@@ -23,14 +23,16 @@ import redis
 from typer.testing import CliRunner
 
 from azeotrope.config import ConfigError
+from gateway.accounts import keys
 from gateway.accounts.database import StoreError
 from gateway.accounts.key_records import UNDEFENDED
-from gateway.accounts.keys import Keys
-from gateway.accounts.ledger import LEDGER_FILE, SqliteLedger
+from gateway.accounts.keys import KeyStore
+from gateway.accounts.ledger import Reservation
 from gateway.accounts.quotas import Limits
 from gateway.accounts.redis_keys import RedisKeyStore
 from gateway.accounts.redis_ledger import RedisLedger
-from gateway.accounts.sqlite_keys import KEYS_FILE, KeyStore
+from gateway.accounts.sqlite_keys import KEYS_FILE, SqliteKeyStore
+from gateway.accounts.sqlite_ledger import LEDGER_FILE, SqliteLedger
 from gateway.accounts.stores import default_store
 from gateway.policy import Tier
 from workflows import cli
@@ -53,14 +55,14 @@ def clock() -> Clock:
     return Clock(1_800_000_000.0)
 
 
-Opener = Callable[..., Keys]
+Opener = Callable[..., KeyStore]
 
 
 @pytest.fixture(params=["sqlite", "imitation", "redis"])
 def opener(request: pytest.FixtureRequest, tmp_path: Path, clock: Clock) -> Opener:
     """Opens one store again and again, as other processes would."""
     if request.param == "sqlite":
-        return partial(KeyStore, tmp_path / "home" / KEYS_FILE, clock=clock)
+        return partial(SqliteKeyStore, tmp_path / "home" / KEYS_FILE, clock=clock)
     if request.param == "imitation":
         return partial(RedisKeyStore, imitation(), clock=clock)
     url = request.getfixturevalue("redis_url")
@@ -69,13 +71,19 @@ def opener(request: pytest.FixtureRequest, tmp_path: Path, clock: Clock) -> Open
 
 
 @pytest.fixture
-def store(opener: Opener) -> Keys:
+def no_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every `find` asks the store."""
+    monkeypatch.setattr(keys, "CACHE_S", 0.0)
+
+
+@pytest.fixture
+def store(opener: Opener) -> KeyStore:
     return opener()
 
 
 @pytest.fixture
-def file_store(tmp_path: Path, clock: Clock) -> KeyStore:
-    return KeyStore(tmp_path / "home" / KEYS_FILE, clock=clock)
+def file_store(tmp_path: Path, clock: Clock) -> SqliteKeyStore:
+    return SqliteKeyStore(tmp_path / "home" / KEYS_FILE, clock=clock)
 
 
 def imitation() -> fakeredis.FakeStrictRedis:
@@ -86,7 +94,7 @@ def mode(path: Path) -> int:
     return path.stat().st_mode & 0o777
 
 
-def test_a_token_opens_its_record_and_nothing_else_does(store: Keys) -> None:
+def test_a_token_opens_its_record_and_nothing_else_does(store: KeyStore) -> None:
     record, token = store.create(
         "ada", tier="trusted", licence="distillation", models=("m",), features=("chat",)
     )
@@ -112,7 +120,7 @@ def test_a_token_opens_its_record_and_nothing_else_does(store: Keys) -> None:
         assert store.find(other) is None
 
 
-def test_the_files_hold_no_token(file_store: KeyStore, tmp_path: Path) -> None:
+def test_the_files_hold_no_token(file_store: SqliteKeyStore, tmp_path: Path) -> None:
     tokens = [file_store.create(f"customer {i}")[1] for i in range(5)]
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert {path.name for path in files} >= {KEYS_FILE, f"{KEYS_FILE}-wal"}
@@ -123,20 +131,20 @@ def test_the_files_hold_no_token(file_store: KeyStore, tmp_path: Path) -> None:
         assert urlsafe_b64decode(token[3:] + "=") not in content
 
 
-def test_only_the_owner_can_read_the_files(file_store: KeyStore, tmp_path: Path) -> None:
+def test_only_the_owner_can_read_the_files(file_store: SqliteKeyStore, tmp_path: Path) -> None:
     file_store.create("ada")
     assert mode(tmp_path / "home") == 0o700
     assert {mode(path) for path in (tmp_path / "home").iterdir()} == {0o600}
 
 
-def test_the_secret_of_the_watermark_is_not_shown(store: Keys) -> None:
+def test_the_secret_of_the_watermark_is_not_shown(store: KeyStore) -> None:
     record, _ = store.create("ada")
     assert len(record.watermark_key) == 64
     assert record.watermark_key not in repr(record)
     assert store.create("bob")[0].watermark_key != record.watermark_key
 
 
-def test_a_key_expires_to_the_second(store: Keys, clock: Clock) -> None:
+def test_a_key_expires_to_the_second(store: KeyStore, clock: Clock) -> None:
     record, token = store.create("ada", expires_in_s=60.0)
     assert record.expires == clock.now + 60
     clock.now += 59.999
@@ -147,7 +155,7 @@ def test_a_key_expires_to_the_second(store: Keys, clock: Clock) -> None:
 
 
 def test_a_revocation_holds_at_once_here_and_within_a_second_elsewhere(
-    opener: Opener, store: Keys, clock: Clock
+    opener: Opener, store: KeyStore, clock: Clock
 ) -> None:
     record, token = store.create("ada")
     gateway = opener(must_exist=True)
@@ -159,11 +167,9 @@ def test_a_revocation_holds_at_once_here_and_within_a_second_elsewhere(
     assert gateway.find(token) is None
     clock.now += 5
     assert store.revoke(record.id) == revoked
-    with pytest.raises(ValueError, match="cache_s"):
-        opener(cache_s=1.1)
 
 
-def test_rotation_keeps_rights_and_watermark(store: Keys, clock: Clock) -> None:
+def test_rotation_keeps_rights_and_watermark(store: KeyStore, clock: Clock) -> None:
     old, old_token = store.create("ada", tier="trusted", models=("m",), expires_in_s=1000.0)
     clock.now += 100
     new, new_token = store.rotate(old.id)
@@ -178,7 +184,7 @@ def test_rotation_keeps_rights_and_watermark(store: Keys, clock: Clock) -> None:
         store.rotate(old.id)
 
 
-def test_both_keys_work_during_the_overlap(store: Keys, clock: Clock) -> None:
+def test_both_keys_work_during_the_overlap(store: KeyStore, clock: Clock) -> None:
     old, old_token = store.create("ada")
     new, new_token = store.rotate(old.id, overlap_s=60.0)
     clock.now += 59
@@ -189,14 +195,14 @@ def test_both_keys_work_during_the_overlap(store: Keys, clock: Clock) -> None:
     assert new.expires is None
 
 
-def test_an_overlap_does_not_prolong_a_key(store: Keys, clock: Clock) -> None:
+def test_an_overlap_does_not_prolong_a_key(store: KeyStore, clock: Clock) -> None:
     old, old_token = store.create("ada", expires_in_s=10.0)
     store.rotate(old.id, overlap_s=60.0)
     clock.now += 10
     assert store.find(old_token) is None
 
 
-def test_what_is_not_allowed_is_said(store: Keys) -> None:
+def test_what_is_not_allowed_is_said(store: KeyStore) -> None:
     with pytest.raises(ConfigError, match="no key has the id 'ak-0'"):
         store.revoke("ak-0")
     with pytest.raises(ConfigError, match="no key has the id 'ak-0'"):
@@ -219,21 +225,21 @@ def test_what_is_not_allowed_is_said(store: Keys) -> None:
 def test_a_gateway_does_not_start_without_its_store(tmp_path: Path) -> None:
     path = tmp_path / KEYS_FILE
     with pytest.raises(StoreError, match="no store at"):
-        KeyStore(path, must_exist=True)
+        SqliteKeyStore(path, must_exist=True)
     assert not path.exists()
     path.touch(mode=0o600)
     with pytest.raises(StoreError, match="no such table"):
-        KeyStore(path, must_exist=True)
+        SqliteKeyStore(path, must_exist=True)
     path.write_bytes(b"not a database" * 1000)
     with pytest.raises(StoreError, match="not a database"):
-        KeyStore(path, must_exist=True)
+        SqliteKeyStore(path, must_exist=True)
     with pytest.raises(StoreError, match="not a database"):
-        KeyStore(path)
+        SqliteKeyStore(path)
 
 
 def test_a_damaged_page_is_found_when_the_store_is_opened(tmp_path: Path) -> None:
     path = tmp_path / KEYS_FILE
-    store = KeyStore(path)
+    store = SqliteKeyStore(path)
     for i in range(100):
         store.create(f"customer {i}")
     with sqlite3.connect(path) as connection:
@@ -245,21 +251,22 @@ def test_a_damaged_page_is_found_when_the_store_is_opened(tmp_path: Path) -> Non
     for start in range(4096, len(whole), 4096):
         broken.write_bytes(whole[:start] + os.urandom(4096) + whole[start + 4096 :])
         with pytest.raises(StoreError, match=r"damaged|malformed"):
-            KeyStore(broken, must_exist=True)
+            SqliteKeyStore(broken, must_exist=True)
 
 
 def test_a_store_that_others_may_open_is_refused(tmp_path: Path) -> None:
     path = tmp_path / KEYS_FILE
-    KeyStore(path).create("ada")
+    SqliteKeyStore(path).create("ada")
     path.chmod(0o604)
     with pytest.raises(StoreError, match=r"mode 0604.*chmod 600"):
-        KeyStore(path, must_exist=True)
+        SqliteKeyStore(path, must_exist=True)
 
 
+@pytest.mark.usefixtures("no_cache")
 def test_a_store_that_goes_away_lets_nobody_in(tmp_path: Path) -> None:
     path = tmp_path / KEYS_FILE
-    _, token = KeyStore(path).create("ada")
-    gateway = KeyStore(path, must_exist=True, cache_s=0.0)
+    _, token = SqliteKeyStore(path).create("ada")
+    gateway = SqliteKeyStore(path, must_exist=True)
     assert gateway.find(token) is not None
     path.rename(tmp_path / "elsewhere")
     with pytest.raises(StoreError, match="no store"):
@@ -270,7 +277,7 @@ def test_a_store_that_goes_away_lets_nobody_in(tmp_path: Path) -> None:
         gateway.find(token)
 
 
-def test_a_gateway_cannot_write_keys(opener: Opener, store: Keys) -> None:
+def test_a_gateway_cannot_write_keys(opener: Opener, store: KeyStore) -> None:
     record, _ = store.create("ada")
     gateway = opener(must_exist=True)
     with pytest.raises(StoreError, match="readonly"):
@@ -283,7 +290,7 @@ def test_a_gateway_cannot_write_keys(opener: Opener, store: Keys) -> None:
 # The customer, over rotations -----------------------------------------------------------------
 
 
-def test_all_keys_of_an_account_end_together(store: Keys, clock: Clock) -> None:
+def test_all_keys_of_an_account_end_together(store: KeyStore, clock: Clock) -> None:
     first, first_token = store.create("ada")
     clock.now += 1
     second, second_token = store.rotate(first.id, overlap_s=60.0)
@@ -305,41 +312,25 @@ def test_all_keys_of_an_account_end_together(store: Keys, clock: Clock) -> None:
         store.revoke_account("ak-0")
 
 
-def test_a_store_of_an_earlier_version_is_brought_up_to_date(tmp_path: Path, clock: Clock) -> None:
-    path = tmp_path / KEYS_FILE
-    store = KeyStore(path, clock=clock)
-    before, token = store.create("ada")
-    with sqlite3.connect(path) as connection:
-        connection.execute("ALTER TABLE keys DROP COLUMN account")
-        connection.execute("DROP TABLE secrets")
-    with pytest.raises(StoreError, match="`azeotrope keys list` brings it up to date"):
-        KeyStore(path, must_exist=True)
-    store = KeyStore(path, clock=clock)
-    assert store.find(token) == before == store.list()[0]
-    assert before.account == before.id
-    assert store.rotate(before.id)[0].account == before.id
-    assert len(store.secret()) == 32
-    assert KeyStore(path, must_exist=True).secret() == store.secret()
-
-
 # The secret of the store ----------------------------------------------------------------------
 
 
-def test_a_store_has_one_secret(opener: Opener, store: Keys, tmp_path: Path) -> None:
+def test_a_store_has_one_secret(opener: Opener, store: KeyStore, tmp_path: Path) -> None:
     secret = store.secret()
     assert len(secret) == 32
     assert len(set(secret)) > 8
     store.create("ada")
     assert opener().secret() == opener(must_exist=True).secret() == secret
-    for other in (KeyStore(tmp_path / "other" / KEYS_FILE), RedisKeyStore(imitation())):
+    for other in (SqliteKeyStore(tmp_path / "other" / KEYS_FILE), RedisKeyStore(imitation())):
         assert other.secret() != secret
     assert secret.hex() not in repr(vars(store.list()[0]))
 
 
 def test_processes_that_begin_a_store_together_agree_on_its_secret(tmp_path: Path) -> None:
     program = (
-        "import sys; from pathlib import Path; from gateway.accounts.sqlite_keys import KeyStore;"
-        "print(KeyStore(Path(sys.argv[1])).secret().hex())"
+        "import sys; from pathlib import Path;"
+        "from gateway.accounts.sqlite_keys import SqliteKeyStore;"
+        "print(SqliteKeyStore(Path(sys.argv[1])).secret().hex())"
     )
     path = tmp_path / "home" / KEYS_FILE
     workers = [
@@ -349,17 +340,17 @@ def test_processes_that_begin_a_store_together_agree_on_its_secret(tmp_path: Pat
         for _ in range(3)
     ]
     found = {worker.communicate(timeout=60)[0].strip() for worker in workers}
-    assert found == {KeyStore(path).secret().hex()}
+    assert found == {SqliteKeyStore(path).secret().hex()}
 
 
 def test_a_store_without_its_secret_is_not_read(tmp_path: Path) -> None:
     path = tmp_path / KEYS_FILE
-    KeyStore(path).create("ada")
+    SqliteKeyStore(path).create("ada")
     with sqlite3.connect(path) as connection:
         connection.execute("DELETE FROM secrets")
-    with pytest.raises(StoreError, match="earlier version"):
-        KeyStore(path, must_exist=True)
-    assert len(KeyStore(path).secret()) == 32
+    with pytest.raises(StoreError, match="has no secret"):
+        SqliteKeyStore(path, must_exist=True)
+    assert len(SqliteKeyStore(path).secret()) == 32
 
 
 # Redis ------------------------------------------------------------------------------------------
@@ -390,9 +381,10 @@ def test_a_gateway_does_not_start_on_a_redis_without_keys(opener: Opener) -> Non
     assert opener(must_exist=True).list() == []
 
 
+@pytest.mark.usefixtures("no_cache")
 def test_a_redis_that_goes_away_lets_nobody_in() -> None:
     server = fakeredis.FakeServer()
-    store = RedisKeyStore(fakeredis.FakeStrictRedis(server=server), cache_s=0.0)
+    store = RedisKeyStore(fakeredis.FakeStrictRedis(server=server))
     record, token = store.create("ada")
     server.connected = False
     for act in (
@@ -409,9 +401,10 @@ def test_a_redis_that_goes_away_lets_nobody_in() -> None:
     assert store.find(token) is None
 
 
+@pytest.mark.usefixtures("no_cache")
 def test_half_a_record_opens_nothing() -> None:
     client = imitation()
-    store = RedisKeyStore(client, cache_s=0.0)
+    store = RedisKeyStore(client)
     _, token = store.create("ada")
     for wrong in ("{", "{}", '{"models": "[]", "features": "[]"}'):
         client.hset("{azeotrope}:api-keys", hashlib.sha256(token.encode()).hexdigest(), wrong)
@@ -419,7 +412,7 @@ def test_half_a_record_opens_nothing() -> None:
             store.find(token)
 
 
-def test_changes_at_once_are_all_kept(opener: Opener, store: Keys) -> None:
+def test_changes_at_once_are_all_kept(opener: Opener, store: KeyStore) -> None:
     first, _ = store.create("ada")
 
     def rotated(_: int) -> str:
@@ -451,7 +444,7 @@ def run(*args: str) -> tuple[str, str]:
 def test_create_prints_the_token_alone_and_says_that_it_is_not_stored(home: Path) -> None:
     assert default_store() == home
     out, notes = run("keys", "create", "ada", "--model", "a", "--model", "b", "--feature", "chat")
-    record = KeyStore(home / KEYS_FILE).find(out.strip())
+    record = SqliteKeyStore(home / KEYS_FILE).find(out.strip())
     assert record is not None
     assert (record.name, record.models, record.features) == ("ada", ("a", "b"), ("chat",))
     assert "not stored" in notes
@@ -465,7 +458,7 @@ def test_create_prints_the_token_alone_and_says_that_it_is_not_stored(home: Path
 
 def test_a_distillation_licence_says_what_it_means(home: Path) -> None:
     out, notes = run("keys", "create", "lab", "--licence", "distillation", "--expires-days", "2")
-    record = KeyStore(home / KEYS_FILE).find(out.strip())
+    record = SqliteKeyStore(home / KEYS_FILE).find(out.strip())
     assert record is not None
     assert record.licence == "distillation"
     assert record.expires == pytest.approx(record.created + 2 * 86_400)
@@ -473,11 +466,12 @@ def test_a_distillation_licence_says_what_it_means(home: Path) -> None:
     assert "It ends on" in notes
 
 
+@pytest.mark.usefixtures("no_cache")
 def test_keys_are_revoked_and_rotated_by_their_ids(tmp_path: Path) -> None:
     folder = tmp_path / "elsewhere"
     place = ("--store", str(folder))
     first = run("keys", "create", "ada", *place)[0].strip()
-    store = KeyStore(folder / KEYS_FILE, cache_s=0.0)
+    store = SqliteKeyStore(folder / KEYS_FILE)
     old = store.find(first)
     assert old is not None
     out, notes = run("keys", "rotate", old.id, "--overlap-hours", "1", *place)
@@ -493,17 +487,11 @@ def test_keys_are_revoked_and_rotated_by_their_ids(tmp_path: Path) -> None:
 
 def test_usage_is_a_table_of_days(home: Path) -> None:
     run("keys", "create", "ada [bold]")
-    [record] = KeyStore(home / KEYS_FILE).list()
+    [record] = SqliteKeyStore(home / KEYS_FILE).list()
     ledger = SqliteLedger(home / LEDGER_FILE, clock=Clock(1_700_000_000.0))
     limits = Limits.of(Tier())
     for name in ("a", "b"):
-        ledger.reserve(
-            *(record.id, name),
-            **{"prompt": 1000, "completion": 500, "slots": 1},
-            limits=limits,
-            owner="o",
-            lease_s=10.0,
-        )
+        ledger.reserve(Reservation(record.id, name, 1000, 500, 1), limits, owner="o", lease_s=10.0)
     ledger.settle("a", 234)
     # b's lease ran out long ago, so the table settles it at its prompt.
     for shown in (run("usage")[0], run("usage", "--key", record.id)[0]):
@@ -512,13 +500,7 @@ def test_usage_is_a_table_of_days(home: Path) -> None:
         assert cells == ["2023-11-14", record.id, "ada [bold]", "2", "2,000", "234", "0"]
     # What a licence takes of the undefended teacher stands apart, under the same name.
     licensed = record.id + UNDEFENDED
-    ledger.reserve(
-        *(licensed, "c"),
-        **{"prompt": 7, "completion": 5, "slots": 1},
-        limits=limits,
-        owner="o",
-        lease_s=10.0,
-    )
+    ledger.reserve(Reservation(licensed, "c", 7, 5, 1), limits, owner="o", lease_s=10.0)
     ledger.settle("c", 5)
     shown = run("usage", "--key", record.id)[0]
     [row] = [line for line in shown.splitlines() if licensed in line]
@@ -527,9 +509,10 @@ def test_usage_is_a_table_of_days(home: Path) -> None:
     ]
 
 
+@pytest.mark.usefixtures("no_cache")
 def test_a_rotated_key_is_the_same_customer(home: Path) -> None:
     first = run("keys", "create", "ada")[0].strip()
-    store = KeyStore(home / KEYS_FILE, cache_s=0.0)
+    store = SqliteKeyStore(home / KEYS_FILE)
     [old] = store.list()
     assert "account" not in run("keys", "list")[0]
     second = run("keys", "rotate", old.id, "--overlap-hours", "1")[0].strip()
@@ -541,9 +524,8 @@ def test_a_rotated_key_is_the_same_customer(home: Path) -> None:
     ledger = SqliteLedger(home / LEDGER_FILE)
     for key in (old, new):
         ledger.reserve(
-            *(key.account, f"request of {key.id}"),
-            **{"prompt": 1, "completion": 1, "slots": 1},
-            limits=Limits.of(Tier()),
+            Reservation(key.account, f"request of {key.id}", 1, 1, 1),
+            Limits.of(Tier()),
             owner="o",
             lease_s=10.0,
         )
@@ -557,12 +539,13 @@ def test_a_rotated_key_is_the_same_customer(home: Path) -> None:
 
 def test_no_command_shows_the_secret(home: Path) -> None:
     said = "".join(run("keys", "create", "ada"))
-    store = KeyStore(home / KEYS_FILE)
+    store = SqliteKeyStore(home / KEYS_FILE)
     said += "".join(run("keys", "list") + run("usage") + run("keys", "rotate", store.list()[0].id))
     assert store.secret().hex() not in said
     assert repr(store.secret()) not in said
 
 
+@pytest.mark.usefixtures("no_cache")
 def test_commands_find_keys_in_redis(
     home: Path, redis_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -570,17 +553,13 @@ def test_commands_find_keys_in_redis(
     result = CliRunner().invoke(cli.app, ["keys", "list", "--redis", redis_url])
     assert "no keys in this Redis" in str(result.exception)
     token = run("keys", "create", "ada", "--redis", redis_url)[0].strip()
-    store = RedisKeyStore(redis_url, must_exist=True, cache_s=0.0)
+    store = RedisKeyStore(redis_url, must_exist=True)
     record = store.find(token)
     assert record is not None
     monkeypatch.setenv("AZEOTROPE_REDIS_URL", redis_url)
     assert record.id in run("keys", "list")[0]
     RedisLedger(redis_url).reserve(
-        *(record.account, "a"),
-        **{"prompt": 1, "completion": 1, "slots": 1},
-        limits=Limits.of(Tier()),
-        owner="o",
-        lease_s=10.0,
+        Reservation(record.account, "a", 1, 1, 1), Limits.of(Tier()), owner="o", lease_s=10.0
     )
     new = store.find(run("keys", "rotate", record.id)[0].strip())
     assert new is not None

@@ -24,9 +24,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gateway.accounts.database import StoreError
-from gateway.accounts.ledger import Ledger, SqliteLedger, Usage
+from gateway.accounts.ledger import Ledger, Reservation, Usage
 from gateway.accounts.quotas import Limits, Refusal, Standing
 from gateway.accounts.redis_ledger import RedisLedger
+from gateway.accounts.sqlite_ledger import SqliteLedger
 from gateway.policy import Tier
 
 ROOT = Path(__file__).parents[3]
@@ -97,16 +98,8 @@ def reserve(
     owner: str = "replica",
     lease_s: float = 1000.0,
 ) -> Standing | Refusal:
-    return ledger.reserve(
-        key,
-        request,
-        prompt=prompt,
-        completion=completion,
-        slots=slots,
-        limits=limits,
-        owner=owner,
-        lease_s=lease_s,
-    )
+    reservation = Reservation(key, request, prompt, completion, slots)
+    return ledger.reserve(reservation, limits, owner=owner, lease_s=lease_s)
 
 
 def refused(answer: Standing | Refusal) -> tuple[str, float, bool]:
@@ -460,8 +453,9 @@ def test_any_order_of_events_keeps_limits_and_sums(opener: Opener) -> None:
 PROGRAM = """
 import json, random, sys
 from pathlib import Path
-from gateway.accounts.ledger import SqliteLedger
+from gateway.accounts.ledger import Reservation
 from gateway.accounts.quotas import Limits, Standing
+from gateway.accounts.sqlite_ledger import SqliteLedger
 
 path, me = Path(sys.argv[1]), sys.argv[2]
 ledger, chance = SqliteLedger(path), random.Random(me)
@@ -470,8 +464,8 @@ for i in range(50):
     for key, sum_ in sums.items():
         request, written = f"{me}-{i}-{key}", 90 if key == "ak-full" else chance.randint(0, 90)
         answer = ledger.reserve(
-            key, request, prompt=10, completion=90, slots=1,
-            limits=Limits(1000, 6000, 1_000_000, 1000), owner=me, lease_s=60.0,
+            Reservation(key, request, prompt=10, completion=90, slots=1),
+            Limits(1000, 6000, 1_000_000, 1000), owner=me, lease_s=60.0,
         )
         if isinstance(answer, Standing):
             ledger.progress(me, {request: written // 2}, lease_s=60.0)

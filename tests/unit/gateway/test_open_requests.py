@@ -9,9 +9,10 @@ import pytest
 
 from gateway.accounts import open_requests
 from gateway.accounts.database import StoreError
-from gateway.accounts.ledger import LEDGER_FILE, SqliteLedger
+from gateway.accounts.ledger import Reservation
 from gateway.accounts.open_requests import OpenRequests
 from gateway.accounts.quotas import Limits, Standing
+from gateway.accounts.sqlite_ledger import LEDGER_FILE, SqliteLedger
 
 WIDE = Limits(1000, 1_000_000, 10_000_000, 1000)
 
@@ -39,7 +40,7 @@ def test_heartbeats_go_on_after_a_failure(
 
     async def run() -> None:
         opened = OpenRequests(ledger)
-        found = await opened.reserve("k", "r", prompt=1, completion=9, slots=1, limits=WIDE)
+        found = await opened.reserve(Reservation("k", "r", 1, 9, 1), WIDE)
         assert isinstance(found, Standing)
         opened.add("r", 3)
         async with asyncio.timeout(5):

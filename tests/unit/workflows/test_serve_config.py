@@ -22,7 +22,7 @@ from experiment import deployment
 from experiment.points import POINTS, Point
 from gateway.accounts.redis_ledger import RedisLedger
 from gateway.accounts.sqlite_keys import KEYS_FILE
-from gateway.accounts.stores import open_keys, open_ledger
+from gateway.accounts.stores import StoreLocation, open_keys, open_ledger
 from gateway.policy import Policy
 from workflows import serve
 
@@ -235,14 +235,15 @@ def test_with_redis_keys_and_quotas_are_there(store: Path, redis_url: str) -> No
     redis.Redis.from_url(redis_url).flushall()
     app = deployment.build(config("engine=transformers", f"redis={redis_url}"))
     assert bound(app, "Gateway").init_args[0]["redis"] == redis_url
-    _, token = open_keys(store, redis_url).create("ada")
-    assert open_keys(store, redis_url, must_exist=True).find(token) is not None
-    assert isinstance(open_ledger(store, redis_url), RedisLedger)
+    stores = StoreLocation(store, redis_url)
+    _, token = open_keys(stores).create("ada")
+    assert open_keys(stores, must_exist=True).find(token) is not None
+    assert isinstance(open_ledger(stores), RedisLedger)
     assert not (store / KEYS_FILE).exists()
 
 
 def test_the_start_says_which_keys_the_policy_refuses(store: Path) -> None:
-    keys = open_keys(store)
+    keys = open_keys(StoreLocation(store))
     said = announced(config())
     assert "there is no key yet" in said
     keys.create("ada")
