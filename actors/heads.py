@@ -14,11 +14,11 @@ from azeotrope import models
 from azeotrope.collect import SHARD, collect, finish
 from azeotrope.config import Config, write_json
 from azeotrope.defenses import base as defenses
-from azeotrope.defenses.base import Head
 from azeotrope.generation import Sampling
 from azeotrope.heads.export import export, head_from, proxy_head_from, put_head
 from azeotrope.heads.features import FeaturePair, pair_up, read_features
 from azeotrope.heads.folding import check_foldable
+from azeotrope.heads.head import Head
 from azeotrope.heads.search import HeadTraining, Round, Utility, train_head
 from azeotrope.heads.surrogate import surrogate_from
 from azeotrope.logits.vocabulary import token_rows

@@ -9,7 +9,7 @@ import torch
 from actors.teacher import FeatureJob, read_examples
 from azeotrope import models
 from azeotrope.config import write_json
-from azeotrope.heads import chunked
+from azeotrope.logits.chunks import head_logits, token_chunks
 from azeotrope.logits.vocabulary import share
 from azeotrope.tokens import Batch, collate
 
@@ -58,8 +58,8 @@ class ScoreActor:
         hidden = states.last_hidden_state[batch.mask.to(device)]
         head = models.head_of(proxy.model)
         parts = []
-        for piece in chunked.chunks(len(targets), len(head.weight)):
-            log_p = chunked.logits(hidden[piece], head.weight, head.bias).log_softmax(-1)
+        for piece in token_chunks(len(targets), len(head.weight)):
+            log_p = head_logits(hidden[piece], head.weight, head.bias).log_softmax(-1)
             parts.append(log_p.gather(-1, targets[piece, None].to(device))[:, 0].cpu())
         sizes = batch.mask.sum(1).tolist()
         return torch.stack([part.sum() for part in torch.cat(parts).split(sizes)])

@@ -58,9 +58,9 @@ def setup(shape: Shape, method: str) -> Any:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from azeotrope.defenses.base import Head
     from azeotrope.defenses.cmi import Cmi, Config, LowRankHead
     from azeotrope.heads.features import FeatureBatch
+    from azeotrope.heads.head import Head
     from azeotrope.heads.surrogate import Surrogate
     from azeotrope.models import Loaded
 

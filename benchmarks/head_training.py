@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from azeotrope.defenses.base import ProxyHead
+    from azeotrope.heads.head import ProxyHead
     from azeotrope.tokens import Example
 
 # torch is imported inside the functions that children run: a child of a large process starts with
@@ -110,7 +110,7 @@ def wide_models() -> Models:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from azeotrope.defenses.base import ProxyHead
+    from azeotrope.heads.head import ProxyHead
     from azeotrope.logits.vocabulary import SharedVocabulary
 
     def make(hidden: int, *, tied: bool) -> LlamaForCausalLM:
@@ -212,9 +212,9 @@ def cached(shape: Shape, folder: Path) -> Callable[[int], float]:
     import torch
 
     from azeotrope import models
-    from azeotrope.defenses.base import Head
     from azeotrope.defenses.doge import Config, Doge
     from azeotrope.heads.features import join, pair_up, read_features
+    from azeotrope.heads.head import Head
 
     found = pocket_models() if shape.name == "pocket" else wide_models()
     layer = models.head_of(found.teacher)

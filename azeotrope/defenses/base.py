@@ -4,19 +4,20 @@ A defense called `doge` is the module `azeotrope/defenses/doge.py` with a class 
 `name` is a literal) and a function `build(config)`. There is no registry: the name is the module.
 """
 
+import copy
 import importlib
 import pkgutil
 from typing import Any, ClassVar, Literal
 
 from jaxtyping import Float
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 import azeotrope.defenses
 from azeotrope.config import Config, ConfigError
 from azeotrope.config import build as build_config
 from azeotrope.heads.features import FeatureBatch
-from azeotrope.logits.vocabulary import SharedVocabulary
+from azeotrope.heads.head import Head
 from azeotrope.tokens import Boundary
 from azeotrope.training import TokenSum
 
@@ -28,40 +29,6 @@ class DefenseConfig(Config):
 
     name: str
     strength: float = Field(default=1.0, ge=0, description="0 is the identity")
-
-
-class Head(nn.Module):
-    """The teacher's output head as trainable parameters, and the frozen heads of the proxies."""
-
-    def __init__(
-        self,
-        weight: Float[Tensor, "vocab hidden"],
-        bias: Float[Tensor, " vocab"] | None = None,
-    ) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(weight.detach().float().clone())
-        self.bias = None if bias is None else nn.Parameter(bias.detach().float().clone())
-
-    def folded(self) -> "Head":
-        """The plain head that computes the same logits, for the exported checkpoint."""
-        return self
-
-
-class ProxyHead(nn.Module):
-    """A proxy's frozen head and the tokens it shares with the teacher."""
-
-    def __init__(
-        self,
-        weight: Float[Tensor, "vocab hidden"],
-        bias: Float[Tensor, " vocab"] | None,
-        shared: SharedVocabulary,
-    ) -> None:
-        super().__init__()
-        # Only the shared rows are ever used: cutting once spares a gather in each step.
-        self.weight = nn.Buffer(weight.detach().float()[shared.proxy_ids])
-        self.bias = None if bias is None else nn.Buffer(bias.detach().float()[shared.proxy_ids])
-        self.teacher_ids = nn.Buffer(shared.teacher_ids)
-        self.is_whole = shared.is_identity
 
 
 class Defense:
@@ -83,6 +50,14 @@ class Defense:
 
     def __init__(self, config: Any) -> None:
         self.config = config
+        self.strength: float = config.strength
+        """The weight of the adversarial term in the summed loss (stage `weights`)."""
+
+    def scaled(self, factor: float) -> "Defense":
+        """The same defense with its strength multiplied by `factor` (stage `weights`)."""
+        changed = copy.copy(self)
+        changed.strength = self.strength * factor
+        return changed
 
     def check(self, hidden_size: int) -> None:
         """Refuse settings that do not fit a teacher of this hidden size (stage `weights`).

@@ -31,12 +31,13 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
-from azeotrope.defenses.base import Defense, DefenseConfig, Head
-from azeotrope.heads import chunked
+from azeotrope.defenses.base import Defense, DefenseConfig
 from azeotrope.heads.features import FeatureBatch
 from azeotrope.heads.folding import fold
+from azeotrope.heads.head import Head
 from azeotrope.heads.surrogate import Surrogate
 from azeotrope.logits import divergences
+from azeotrope.logits.chunks import LOGITS_BUDGET, head_logits, token_chunks
 from azeotrope.training import NonFiniteLossError, TokenSum
 
 Contexts = Literal["own", "truth", "both"]
@@ -132,12 +133,12 @@ class LowRankHead(Head):
 
     def logits(self, hidden: Float[Tensor, "tokens hidden"]) -> Float[Tensor, "tokens rows"]:
         """Defended logits of the rows that are tokens."""
-        plain = chunked.logits(hidden, self.base_weight, self.base_bias)[:, : self.rows]
+        plain = head_logits(hidden, self.base_weight, self.base_bias)[:, : self.rows]
         seen = plain if self.on_logits else hidden
         return plain + F.linear(F.linear(seen, self.down), self.up)
 
     def clean_logits(self, hidden: Float[Tensor, "tokens hidden"]) -> Float[Tensor, "tokens rows"]:
-        return chunked.logits(hidden, self.clean_weight, self.clean_bias)[:, : self.rows]
+        return head_logits(hidden, self.clean_weight, self.clean_bias)[:, : self.rows]
 
     @torch.no_grad()
     def folded(self) -> Head:
@@ -169,10 +170,9 @@ class Cmi(Defense):
     stage = "weights"
     needs_proxies = True
 
-    def __init__(self, config: Config, *, budget: int = chunked.LOGITS_BUDGET) -> None:
+    def __init__(self, config: Config, *, budget: int = LOGITS_BUDGET) -> None:
         super().__init__(config)
         self.budget = budget
-        self.strength = config.strength
         self.layer = config.layer
         self.needs_truth = "truth" in (config.utility_on, config.cosine_on)
         self.divergence = divergences.by_name(config.divergence, **config.parameters)
@@ -239,7 +239,7 @@ class Cmi(Defense):
     def _utility(self, head: LowRankHead, batch: FeatureBatch, scale: float) -> float:
         """Summed cross-entropy times `scale`; its gradient is in the head afterwards."""
         total = 0.0
-        for part in chunked.chunks(len(batch.targets), head.rows, self.budget):
+        for part in token_chunks(len(batch.targets), head.rows, self.budget):
             states, targets = batch.teacher[part].float(), batch.targets[part]
             if self.config.targets == "greedy":
                 targets = head.clean_logits(states).argmax(-1)
@@ -297,7 +297,7 @@ class Cmi(Defense):
             for name in clean
         }
         moved = surrogate.moved(tensors, along, texts.inputs, texts.rows, texts.counts)
-        for part in chunked.chunks(len(texts.teacher), head.rows, self.budget):
+        for part in token_chunks(len(texts.teacher), head.rows, self.budget):
             log_p = self._log_softmax(self._restrained(head, texts.teacher[part].float()))
             value = -scale * (log_p.exp() * moved(part)).sum()
             value.backward()
@@ -317,7 +317,7 @@ class Cmi(Defense):
         in_head = (
             [torch.zeros_like(surrogate.weight) for _ in range(2)] if surrogate.in_head else []
         )
-        for part in chunked.chunks(len(states), head.rows, self.budget):
+        for part in token_chunks(len(states), head.rows, self.budget):
             hidden, teacher = states[part].detach(), texts.teacher[part].float()
             q = self._log_softmax(surrogate.logits(hidden)).exp()
             pair = tuple(
@@ -348,7 +348,7 @@ class Cmi(Defense):
         with torch.enable_grad():
             states = surrogate.hidden(tensors, texts.inputs, texts.rows, texts.counts)
             weight = tensors.get("lm_head.weight", surrogate.weight)
-            log_q = self._log_softmax(chunked.logits(states.float(), weight, surrogate.bias))
+            log_q = self._log_softmax(head_logits(states.float(), weight, surrogate.bias))
             teacher = texts.teacher.float()
             with torch.no_grad():
                 clean = self._log_softmax(head.clean_logits(teacher))

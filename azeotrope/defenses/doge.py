@@ -19,9 +19,10 @@ from jaxtyping import Bool, Float, Int
 from pydantic import Field
 from torch import Tensor
 
-from azeotrope.defenses.base import Defense, DefenseConfig, Head, ProxyHead
-from azeotrope.heads import chunked
+from azeotrope.defenses.base import Defense, DefenseConfig
 from azeotrope.heads.features import FeatureBatch
+from azeotrope.heads.head import Head, ProxyHead
+from azeotrope.logits.chunks import LOGITS_BUDGET, head_logits, token_chunks
 from azeotrope.training import TokenSum
 
 Reduction = Literal["sum", "token_mean", "release"]
@@ -59,10 +60,9 @@ class Doge(Defense):
     stage = "weights"
     needs_proxies = True
 
-    def __init__(self, config: Config, *, budget: int = chunked.LOGITS_BUDGET) -> None:
+    def __init__(self, config: Config, *, budget: int = LOGITS_BUDGET) -> None:
         super().__init__(config)
         self.budget = budget
-        self.strength = config.strength
 
     def calibrate(self, completion_tokens: int, reasoning_tokens: int, sequences: int) -> None:
         """Turn the strength into the one that means the same under `reduction="sum"`."""
@@ -85,9 +85,9 @@ class Doge(Defense):
         if not proxies and self.config.strength > 0:
             raise ValueError("doge needs at least one proxy; name one under `proxies`")
         total = torch.zeros((), dtype=torch.float64)
-        for part in chunked.chunks(len(batch.targets), len(head.weight), self.budget):
+        for part in token_chunks(len(batch.targets), len(head.weight), self.budget):
             hidden = batch.teacher[part].float()
-            logits = chunked.logits(hidden, head.weight, head.bias).detach()
+            logits = head_logits(hidden, head.weight, head.bias).detach()
             logits.requires_grad_(torch.is_grad_enabled())
             ce, kl = self._terms(
                 logits,
@@ -113,7 +113,7 @@ class Doge(Defense):
         reasoning: Bool[Tensor, " tokens"],
     ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
         """Summed cross-entropy of all tokens, and summed mean KL of the adversarial ones."""
-        logits = chunked.logits(hidden.float(), head.weight, head.bias)
+        logits = head_logits(hidden.float(), head.weight, head.bias)
         return self._terms(logits, proxies, proxy_hidden, targets, reasoning)
 
     def _terms(
@@ -141,7 +141,7 @@ class Doge(Defense):
         shared = logits[:, whole if proxy.is_whole else proxy.teacher_ids]
         log_teacher = shared.log_softmax(-1)
         with torch.no_grad():
-            theirs = chunked.logits(states, proxy.weight, proxy.bias) / self.config.temperature
+            theirs = head_logits(states, proxy.weight, proxy.bias) / self.config.temperature
             log_proxy = theirs.log_softmax(-1)
         kl = (log_teacher.exp() * (log_teacher - log_proxy)).sum(-1)
         if self.config.clamp is not None:

@@ -4,8 +4,6 @@ A head is a weight of shape [vocab, hidden] and an optional bias. Hidden states 
 last ones, taken only where a token is to be predicted, so the prompt costs nothing here.
 """
 
-from collections.abc import Iterator
-
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -13,37 +11,17 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from azeotrope.logits.chunks import LOGITS_BUDGET
+from azeotrope.logits.chunks import head_logits as logits
+from azeotrope.logits.chunks import token_chunks as chunks
 from azeotrope.tokens import Batch
 from azeotrope.training import TokenSum
-
-LOGITS_BUDGET = 1 << 25
-"""Greatest number of logits alive at once: 128 MB in float32."""
-
-
-def chunk_size(vocab: int, budget: int = LOGITS_BUDGET) -> int:
-    """Tokens a chunk may hold so that its logits stay within the budget."""
-    return max(budget // vocab, 1)
-
-
-def chunks(tokens: int, vocab: int, budget: int = LOGITS_BUDGET) -> Iterator[slice]:
-    size = chunk_size(vocab, budget)
-    for start in range(0, tokens, size):
-        yield slice(start, min(start + size, tokens))
 
 
 def hidden_states(model: PreTrainedModel, batch: Batch) -> Float[Tensor, "tokens hidden"]:
     """Last hidden states of the positions that predict a completion token, row by row."""
     trunk = model.base_model
     return trunk(input_ids=batch.input_ids, use_cache=False).last_hidden_state[batch.mask]
-
-
-def logits(
-    hidden: Float[Tensor, "tokens hidden"],
-    weight: Float[Tensor, "vocab hidden"],
-    bias: Float[Tensor, " vocab"] | None = None,
-) -> Float[Tensor, "tokens vocab"]:
-    """Float32 logits of one chunk."""
-    return F.linear(hidden, weight, bias).float()
 
 
 def cross_entropy(

@@ -7,8 +7,8 @@ import torch
 from safetensors import safe_open
 
 from azeotrope import models
-from azeotrope.defenses.base import Head, ProxyHead
-from azeotrope.heads import chunked
+from azeotrope.heads.head import Head, ProxyHead
+from azeotrope.logits.chunks import head_logits
 from azeotrope.logits.vocabulary import share
 from azeotrope.models import Loaded
 
@@ -105,6 +105,6 @@ def _check_trunk(before: dict[str, torch.Tensor], again: Loaded, folder: Path) -
 def _difference(loaded: Loaded, again: Loaded, head: Head, ids: list[int]) -> float:
     tokens = torch.tensor([ids], device=loaded.device)
     hidden = loaded.model.base_model(input_ids=tokens, use_cache=False).last_hidden_state[0]
-    wanted = chunked.logits(hidden.float(), head.weight, head.bias)
+    wanted = head_logits(hidden.float(), head.weight, head.bias)
     given = again.model(input_ids=tokens, use_cache=False).logits[0].float()
     return float((wanted - given).abs().max())

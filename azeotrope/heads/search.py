@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from pydantic import Field, field_validator, model_validator
@@ -22,8 +22,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from azeotrope.config import Config
-from azeotrope.defenses.base import Defense, Head
-from azeotrope.heads.features import FeaturePair, join
+from azeotrope.heads.features import FeatureBatch, FeaturePair, join
+from azeotrope.heads.head import Head
 from azeotrope.training import FitConfig, LogEntry, TokenSum, fit
 
 STATE = "search.safetensors"
@@ -77,6 +77,33 @@ class UtilityFloor(Config):
         if self.begun is not None:
             asked.append((self.begun, found.begun or 0.0, clean.begun or 0.0))
         return all(now >= share * before for share, now, before in asked)
+
+
+@runtime_checkable
+class HeadObjective(Protocol):
+    """What a search needs of a defense that trains a head."""
+
+    config: Any
+    """Its settings; `strength` is the one that was asked for."""
+    strength: float
+    """The weight of the adversarial term in the summed loss."""
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether training would leave the head as it is."""
+
+    def scaled(self, factor: float) -> "HeadObjective":
+        """The same objective with its strength multiplied by `factor`."""
+        ...
+
+    def calibrate(self, completion_tokens: int, reasoning_tokens: int, sequences: int) -> None:
+        """Learn the shape of the training data before the first step."""
+
+    def loss(self, head: Any, proxies: tuple[Any, ...], batch: FeatureBatch) -> TokenSum:
+        """The objective to minimise over the head's parameters."""
+
+    def score(self, head: Any, proxies: tuple[Any, ...], batch: FeatureBatch) -> float | None:
+        """How little a student learns from held-out texts; lower is better, None says nothing."""
 
 
 class HeadTraining(Config):
@@ -173,7 +200,7 @@ def train_head(
     head: Head,
     proxies: tuple[nn.Module, ...],
     data: Sequence[FeaturePair],
-    defense: Defense,
+    defense: HeadObjective,
     config: HeadTraining,
     *,
     measure: Callable[[Head], Utility] | None = None,
@@ -247,7 +274,7 @@ def _score(
     *,
     proxies: tuple[nn.Module, ...],
     held_out: Sequence[FeaturePair],
-    defense: Defense,
+    defense: HeadObjective,
 ) -> float | None:
     return defense.score(head, proxies, join(held_out).to(head.weight.device))
 
@@ -256,7 +283,7 @@ def _search(
     head: Head,
     proxies: tuple[nn.Module, ...],
     data: Sequence[FeaturePair],
-    defense: Defense,
+    defense: HeadObjective,
     config: HeadTraining,
     measure: Callable[[Head], Utility],
     clean: Utility,
@@ -268,7 +295,6 @@ def _search(
 ) -> None:
     floor = config.floor
     assert floor is not None
-    base = getattr(defense, "strength", defense.config.strength)
     factor = 1.0
     if folder is not None and (folder / STATE).is_file():
         factor = _load(folder, head, result)
@@ -276,8 +302,8 @@ def _search(
     kept = [r.score for r in result.rounds if r.accepted and r.score is not None]
     best = min(kept, default=math.inf)
     for number in range(len(result.rounds), floor.rounds):
-        defense.strength = base * factor  # type: ignore[attr-defined]
-        log = _fit(head, proxies, data, defense, config.fit, folder, number, on_step)
+        scaled = defense.scaled(factor)
+        log = _fit(head, proxies, data, scaled, config.fit, folder, number, on_step)
         utility = measure(head)
         accepted = floor.holds(utility, clean)
         strength = defense.config.strength * factor
@@ -302,7 +328,7 @@ def _fit(
     head: Head,
     proxies: tuple[nn.Module, ...],
     data: Sequence[FeaturePair],
-    defense: Defense,
+    defense: HeadObjective,
     config: FitConfig,
     folder: Path | None,
     number: int,

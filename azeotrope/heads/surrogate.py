@@ -14,9 +14,9 @@ from torch.func import functional_call, jvp
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from azeotrope import models
-from azeotrope.heads import chunked
 from azeotrope.heads.features import block_inputs, blocks_of
 from azeotrope.logits.alignment import same_vocabulary
+from azeotrope.logits.chunks import head_logits
 from azeotrope.logits.vocabulary import token_rows
 from azeotrope.models import Loaded
 
@@ -168,7 +168,7 @@ class Surrogate(nn.Module):
         return lambda part: change[part].float() @ self.weight.T
 
     def logits(self, hidden: Float[Tensor, "tokens hidden"]) -> Float[Tensor, "tokens vocab"]:
-        return chunked.logits(hidden.float(), self.weight, self.bias)
+        return head_logits(hidden.float(), self.weight, self.bias)
 
 
 def _precise(dtype: torch.dtype) -> torch.dtype:

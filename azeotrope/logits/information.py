@@ -20,8 +20,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from azeotrope.heads import chunked
-from azeotrope.heads.chunked import LOGITS_BUDGET
+from azeotrope.logits.chunks import LOGITS_BUDGET, head_logits, token_chunks
 
 LEAST_TEXTS = 4
 """Two in each half: fewer leave nothing to draw again."""
@@ -128,7 +127,7 @@ class _Head(NamedTuple):
     temperature: float
 
     def log_p(self, rows: Tensor) -> Tensor:
-        logits = chunked.logits(self.hidden[rows], self.weight, self.bias)
+        logits = head_logits(self.hidden[rows], self.weight, self.bias)
         return (logits / self.temperature).log_softmax(-1)
 
 
@@ -177,7 +176,7 @@ def _group(
 ) -> tuple[_Found, float]:
     """KL to the other half's centroid and sum p log p of each position, and n H of the labels."""
     vocab = len(head.weight)
-    pieces = list(chunked.chunks(len(rows), vocab, budget))
+    pieces = list(token_chunks(len(rows), vocab, budget))
     total = _log_sums(head, rows, cell, cells, pieces)
     counts = torch.bincount(cell, minlength=cells).to(total)
     centroids = total - counts.log().unsqueeze(1)

@@ -19,8 +19,9 @@ from azeotrope.attacks import base as attacks
 from azeotrope.attacks.logits import LogitAttack, TeacherHead
 from azeotrope.config import Config, ConfigError
 from azeotrope.defenses import base as defenses
-from azeotrope.defenses.base import Defense, Head, ProxyHead, Stage
+from azeotrope.defenses.base import Defense, Stage
 from azeotrope.heads.features import FeatureBatch, FeaturePair, Features, compute, join
+from azeotrope.heads.head import Head, ProxyHead
 from azeotrope.heads.search import HeadTraining, train_head
 from azeotrope.heads.surrogate import Surrogate
 from azeotrope.logits.vocabulary import SharedVocabulary

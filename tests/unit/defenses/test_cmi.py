@@ -17,7 +17,6 @@ from azeotrope import models, tasks
 from azeotrope.collect import collect
 from azeotrope.config import ConfigError
 from azeotrope.defenses import base as defenses
-from azeotrope.defenses.base import Head
 from azeotrope.defenses.cmi import Cmi, Config, LowRankHead
 from azeotrope.defenses.doge import Config as DogeConfig
 from azeotrope.defenses.doge import Doge
@@ -25,8 +24,10 @@ from azeotrope.generation import Sampling
 from azeotrope.heads import chunked
 from azeotrope.heads.export import export, head_from, proxy_head_from, stored_tensors
 from azeotrope.heads.features import FeatureBatch, FeaturePair, compute, join, pair_up
+from azeotrope.heads.head import Head
 from azeotrope.heads.search import HeadTraining, Utility, train_head
 from azeotrope.heads.surrogate import Surrogate, first_block, surrogate_from
+from azeotrope.logits.chunks import head_logits
 from azeotrope.tokens import Boundary, Example, collate, encode, from_ids
 from azeotrope.traces import ground_truth
 from azeotrope.training import FitConfig, NonFiniteLossError, fit
@@ -278,7 +279,7 @@ def test_at_the_start_the_cosine_is_one_and_flat(
     later = gradient(cmi, turned(cmi, head), surrogates, batch)[1]
     assert flat.norm() < 1e-3 * later.norm()
     states = batch.teacher[:5]
-    torch.testing.assert_close(start.logits(states), chunked.logits(states, head.weight))
+    torch.testing.assert_close(start.logits(states), head_logits(states, head.weight))
 
 
 @pytest.mark.parametrize("cosine", ["batch", "sample"])
@@ -324,7 +325,7 @@ def test_the_folded_head_gives_the_same_logits(
     with torch.no_grad():
         expected = made.logits(states)
         assert (expected - made.clean_logits(states)).abs().max() > 0.5
-        found = chunked.logits(states, folded.weight, folded.bias)
+        found = head_logits(states, folded.weight, folded.bias)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
     assert (folded.bias is None) == (not bias)
     assert folded.weight.shape == weight.shape
@@ -643,8 +644,8 @@ def test_doge_then_cmi_is_one_plain_checkpoint(
     second = Cmi(Config(layer="last", rank=16, strength=1.0))
     head = second.parametrise(head_from(loaded), clean, ROWS)
     states = join(pairs).teacher
-    torch.testing.assert_close(head.clean_logits(states), chunked.logits(states, clean.weight))
-    torch.testing.assert_close(head.logits(states), chunked.logits(states, doged.weight))
+    torch.testing.assert_close(head.clean_logits(states), head_logits(states, clean.weight))
+    torch.testing.assert_close(head.logits(states), head_logits(states, doged.weight))
     assert (head.logits(states) - head.clean_logits(states)).abs().max() > 0.1
     before = second.score(head, surrogates, join(pairs))
     assert before is not None

@@ -14,12 +14,13 @@ from transformers import PreTrainedTokenizerFast
 from azeotrope import models
 from azeotrope.config import ConfigError
 from azeotrope.defenses import base as defenses
-from azeotrope.defenses.base import Head, ProxyHead
 from azeotrope.defenses.doge import Config, Doge, equivalent_strength
-from azeotrope.heads import chunked, features
+from azeotrope.heads import features
 from azeotrope.heads.export import head_from, proxy_head_from
 from azeotrope.heads.features import FeatureBatch, FeaturePair, Features
+from azeotrope.heads.head import Head, ProxyHead
 from azeotrope.heads.search import HeadTraining, train_head
+from azeotrope.logits.chunks import head_logits
 from azeotrope.logits.vocabulary import SharedVocabulary, share
 from azeotrope.tokens import Boundary, encode
 
@@ -112,7 +113,7 @@ def test_the_gradient_is_the_closed_form(temperature: float) -> None:
     raw = drawn(9, TOKENS, VOCAB).double().requires_grad_()
     doge._divergence(raw / temperature, proxy, states).backward()
     log_p = (raw.detach() / temperature).log_softmax(-1)
-    theirs = chunked.logits(states, proxy.weight, proxy.bias) / temperature
+    theirs = head_logits(states, proxy.weight, proxy.bias) / temperature
     gap = log_p - theirs.log_softmax(-1).double()
     kl = (log_p.exp() * gap).sum(-1, keepdim=True)
     expected = log_p.exp() * (gap - kl) / temperature

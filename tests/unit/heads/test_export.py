@@ -14,7 +14,6 @@ from transformers import (
 )
 
 from azeotrope import models
-from azeotrope.defenses.base import Head
 from azeotrope.heads.export import (
     ExportError,
     export,
@@ -23,6 +22,7 @@ from azeotrope.heads.export import (
     put_head,
     stored_tensors,
 )
+from azeotrope.heads.head import Head
 
 PROMPTS = [[1, 9, 20, 33, 40], [1, 12, 5]]
 VOCABULARY = 23

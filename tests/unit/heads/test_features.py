@@ -11,7 +11,6 @@ from azeotrope import models, tasks
 from azeotrope.collect import collect
 from azeotrope.defenses.doge import Config, Doge
 from azeotrope.generation import Sampling
-from azeotrope.heads import chunked
 from azeotrope.heads.export import head_from, proxy_head_from
 from azeotrope.heads.features import (
     FeatureBatch,
@@ -24,6 +23,7 @@ from azeotrope.heads.features import (
     read_features,
     write_features,
 )
+from azeotrope.logits.chunks import head_logits
 from azeotrope.tokens import Boundary, Example, collate, from_ids
 from azeotrope.traces import Trace
 from azeotrope.training import FitConfig, TokenSum, fit
@@ -131,7 +131,7 @@ def test_a_greedy_trace_is_its_own_argmax(
 ) -> None:
     layer = models.head_of(teacher.model)
     for item, trace in zip(compute(teacher.model, examples), traces, strict=True):
-        chosen = chunked.logits(item.hidden, layer.weight, layer.bias).argmax(-1)
+        chosen = head_logits(item.hidden, layer.weight, layer.bias).argmax(-1)
         assert chosen.tolist() == list(trace.completion_ids)
         assert item.targets.tolist() == list(trace.completion_ids)
 

@@ -17,10 +17,10 @@ from transformers import (
 )
 
 from azeotrope import models
-from azeotrope.defenses.base import Head
-from azeotrope.heads import chunked
 from azeotrope.heads.export import put_head
 from azeotrope.heads.folding import check_foldable, fold
+from azeotrope.heads.head import Head
+from azeotrope.logits.chunks import head_logits
 
 TOKENS, PADDED, HIDDEN, RANK = 9, 12, 6, 3
 
@@ -47,10 +47,10 @@ def test_a_folded_head_is_the_matrix_on_the_logits(with_bias: bool) -> None:
     up, down = factors()
     folded, shifted = fold(weight, bias, up, down)
     assert (shifted is not None) == with_bias
-    logits = chunked.logits(hidden, weight, bias)
+    logits = head_logits(hidden, weight, bias)
     expected = logits.double() @ matrix(up, down).T
     torch.testing.assert_close(
-        chunked.logits(hidden, folded, shifted).double(), expected, rtol=1e-5, atol=1e-4
+        head_logits(hidden, folded, shifted).double(), expected, rtol=1e-5, atol=1e-4
     )
     torch.testing.assert_close(folded, matrix(up, down) @ weight)
     if bias is not None:

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from azeotrope.defenses.base import Defense, DefenseConfig, Head, ProxyHead
+from azeotrope.defenses.base import Defense, DefenseConfig
 from azeotrope.heads.features import FeatureBatch, FeaturePair, Features
+from azeotrope.heads.head import Head, ProxyHead
 from azeotrope.heads.search import (
     HeadResult,
     HeadTraining,
@@ -32,10 +33,6 @@ class Pull(Defense):
     """Draws every logit towards minus the strength: each round's strength shows in the head."""
 
     stage = "weights"
-
-    def __init__(self, config: DefenseConfig) -> None:
-        super().__init__(config)
-        self.strength = config.strength
 
     def loss(self, head: Head, proxies: tuple[ProxyHead, ...], batch: FeatureBatch) -> TokenSum:
         logits = batch.teacher @ head.weight.T

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from azeotrope.heads import chunked
+from azeotrope.logits.chunks import token_chunks
 from azeotrope.tokens import Example, collate
 
 TOKENS, VOCAB, HIDDEN, PAD = 11, 13, 6, 0
@@ -56,7 +57,7 @@ def test_no_tokens_cost_nothing() -> None:
 
 @pytest.mark.parametrize("budget", [1, VOCAB, 2 * VOCAB + 1, 4 * VOCAB, 1 << 20])
 def test_chunks_cover_every_token_once_within_the_budget(budget: int) -> None:
-    pieces = list(chunked.chunks(TOKENS, VOCAB, budget))
+    pieces = list(token_chunks(TOKENS, VOCAB, budget))
     assert [i for piece in pieces for i in range(TOKENS)[piece]] == list(range(TOKENS))
     assert all(
         piece.stop - piece.start == 1 or (piece.stop - piece.start) * VOCAB <= budget

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from azeotrope.heads import chunked
+from azeotrope.logits import information
 from azeotrope.logits.information import InformationEstimate, conditional_mutual_information
 
 VOCAB, HIDDEN, TEXTS, LENGTH = 11, 6, 12, 20
@@ -111,9 +111,9 @@ def test_chunking_changes_nothing_and_keeps_to_the_budget(
     hidden, weight, targets, texts = random_case()
     bias = torch.randn(VOCAB, generator=torch.Generator().manual_seed(3)) if with_bias else None
     whole = conditional_mutual_information(hidden, weight, targets, texts, bias)
-    sizes, real = [], chunked.logits
+    sizes, real = [], information.head_logits
     monkeypatch.setattr(
-        chunked, "logits", lambda *given: sizes.append(len(given[0])) or real(*given)
+        information, "head_logits", lambda *given: sizes.append(len(given[0])) or real(*given)
     )
     found = conditional_mutual_information(hidden, weight, targets, texts, bias, budget=budget)
     assert max(sizes) == 1 or max(sizes) * VOCAB <= budget

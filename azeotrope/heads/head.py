@@ -1,0 +1,40 @@
+"""Output heads as modules: the one that is trained, and the frozen ones of the proxies."""
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from azeotrope.logits.vocabulary import SharedVocabulary
+
+
+class Head(nn.Module):
+    """The teacher's output head as trainable parameters, and the frozen heads of the proxies."""
+
+    def __init__(
+        self,
+        weight: Float[Tensor, "vocab hidden"],
+        bias: Float[Tensor, " vocab"] | None = None,
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight.detach().float().clone())
+        self.bias = None if bias is None else nn.Parameter(bias.detach().float().clone())
+
+    def folded(self) -> "Head":
+        """The plain head that computes the same logits, for the exported checkpoint."""
+        return self
+
+
+class ProxyHead(nn.Module):
+    """A proxy's frozen head and the tokens it shares with the teacher."""
+
+    def __init__(
+        self,
+        weight: Float[Tensor, "vocab hidden"],
+        bias: Float[Tensor, " vocab"] | None,
+        shared: SharedVocabulary,
+    ) -> None:
+        super().__init__()
+        # Only the shared rows are ever used: cutting once spares a gather in each step.
+        self.weight = nn.Buffer(weight.detach().float()[shared.proxy_ids])
+        self.bias = None if bias is None else nn.Buffer(bias.detach().float()[shared.proxy_ids])
+        self.teacher_ids = nn.Buffer(shared.teacher_ids)
+        self.is_whole = shared.is_identity
