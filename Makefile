@@ -30,10 +30,13 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)  ## Defend, attack and report on the shipped pocket models: a few minutes on a laptop.
 	$(BIN)/azeotrope pipeline pocket_demo
 
+# Unit tests need one thread each and share nothing, so they run side by side; the others start
+# clusters and servers, and measure, so they run alone.
 test: $(STAMP)  ## Style and tests.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile tests/unit tests/contract $(PYTEST_ARGS)
+	$(BIN)/python -m pytest tests/ray tests/serve tests/wheel $(PYTEST_ARGS)
 
 # Apart from the tests, because pyright fetches its program from the npm registry.
 types: $(STAMP)  ## Types.
