@@ -1,4 +1,4 @@
-"""What is served, and a request that was let in: what the stations of a gateway hand on."""
+"""The model that a gateway serves, and a request that it admitted."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,23 +16,23 @@ from gateway.policy import Tier
 
 @dataclass(frozen=True)
 class Model:
-    """What is served, under which name."""
+    """A model that is served, under one name for clients."""
 
     name: str
     tokenizer: PreTrainedTokenizerBase
     context: int
-    """Tokens that prompt and completion may have together."""
+    """The most tokens of prompt and completion together."""
     engine: Engine
     undefended: Engine | None = None
-    """The clean teacher: for keys with a distillation licence, and for the marked demonstration."""
+    """The teacher without defenses, for keys with a distillation licence and the demonstration."""
     boundary: Boundary = field(default_factory=Boundary)
     rewriting: tuple[Defense, ...] = ()
-    """Text-stage defenses, in order. They need the whole answer, so it does not stream."""
+    """Text-stage defenses, in order. They need the whole answer, so it is not streamed."""
 
 
 @dataclass(frozen=True)
 class Admitted:
-    """A request that may be answered: its quota is reserved."""
+    """A request that passed every check and whose quota is reserved."""
 
     id: str
     key: KeyRecord
@@ -46,4 +46,4 @@ class Admitted:
     stops: tuple[str, ...]
     headers: Mapping[str, str]
     deadline: float
-    """On the event loop's clock."""
+    """When the answer must be complete, on the clock of the event loop (seconds)."""

@@ -5,7 +5,7 @@ from typing import Any
 
 
 class ApiError(Exception):
-    """One refused request: `{"error": {"message", "type", "param", "code"}}` and a status."""
+    """One refused request: an HTTP status and `{"error": {"message", "type", "param", "code"}}`."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""Counts and times for Prometheus. Labels are tiers and reasons: no key and no text is in them."""
+"""Counts and times for Prometheus. Labels are tiers and reasons; no key and no text is a label."""
 
 import os
 
@@ -12,11 +12,12 @@ from prometheus_client import (
 )
 
 SHARED = "PROMETHEUS_MULTIPROC_DIR"
-"""Names a folder in which all replicas of a node keep their numbers, so that each can give all."""
+"""Variable that names a folder for the numbers of all replicas of a node. A scrape reaches one
+replica, which then answers for all of them."""
 
 
 class Metrics:
-    """The numbers of this process, in a registry of its own unless they are shared."""
+    """The numbers of this process, in a registry of their own."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -25,9 +26,9 @@ class Metrics:
             return Counter(f"azeotrope_{name}", text, labels, registry=self.registry)
 
         self._requests = counter("requests", "requests answered to their end", "tier")
-        self._refused = counter("refused", "requests refused, by the station that did", "why")
+        self._refused = counter("refused", "requests refused, by reason", "why")
         self._tokens = counter("tokens", "tokens of settled requests", "kind", "teacher")
-        self._extraction = counter("extraction_looks", "looks at a key's last requests", "found")
+        self._extraction = counter("extraction_looks", "scores of a key's last requests", "found")
         self._first = Histogram(
             "azeotrope_first_token_seconds",
             "from the engine's call to its first token",
@@ -53,9 +54,11 @@ class Metrics:
         self._first.observe(seconds)
 
     def page(self) -> tuple[bytes, str]:
-        """The exposition and its content type."""
+        """The metrics in Prometheus's text format, and its content type."""
         registry = self.registry
         if os.environ.get(SHARED):
+            # Reads the files that all processes of the node write. It needs a fresh registry, or
+            # the numbers of this process would count twice.
             registry = CollectorRegistry()
             multiprocess.MultiProcessCollector(registry)
         return generate_latest(registry), CONTENT_TYPE_LATEST

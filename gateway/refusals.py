@@ -1,6 +1,7 @@
-"""Refusals that more than one station gives."""
+"""Refusals that several checks of a request share, and the headers about quotas."""
 
 import logging
+import math
 
 from gateway.accounts.quotas import Refusal, Standing
 from gateway.errors import ApiError
@@ -13,7 +14,7 @@ def overloaded(message: str = "too many requests at once", code: str = "overload
 
 
 def store_failed(error: Exception) -> ApiError:
-    """What is said outside when keys, quotas or the log fail; where they lie stays here."""
+    """The answer when keys, quotas or the log fail. The details go to the operator's log only."""
     logger.error("refusing: %s", error)
     return overloaded("keys, quotas or the log cannot be reached", "store_unavailable")
 
@@ -22,7 +23,7 @@ def suspended() -> ApiError:
     return ApiError(
         403,
         "this key is suspended: its requests look like the collection of training data; "
-        "ask whoever issued it",
+        "ask the issuer of the key",
         kind="permission_error",
         code="key_suspended",
     )
@@ -40,9 +41,9 @@ def crowded() -> ApiError:
 
 def over_quota(refusal: Refusal) -> ApiError:
     names = {
-        "requests": "requests a minute",
-        "tokens": "tokens a minute",
-        "tokens_day": "tokens a day",
+        "requests": "requests per minute",
+        "tokens": "tokens per minute",
+        "tokens_day": "tokens per day",
         "concurrency": "completions at once",
     }
     limit = names[refusal.limit]
@@ -56,7 +57,8 @@ def over_quota(refusal: Refusal) -> ApiError:
         kind="rate_limit_error",
         code="rate_limit_exceeded",
         headers={
-            "retry-after": str(max(1, -int(-refusal.retry_after_s // 1))),
+            # Whole seconds, rounded up: a client that waits for less is refused again.
+            "retry-after": str(max(1, math.ceil(refusal.retry_after_s))),
             **rate_headers(refusal.standing),
         },
     )

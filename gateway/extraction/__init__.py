@@ -1,1 +1,1 @@
-"""Signs that a caller extracts the model."""
+"""Signs that a customer's requests extract the model."""

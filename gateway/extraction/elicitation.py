@@ -1,10 +1,10 @@
-"""Requests for reasoning, told by their phrases in several languages."""
+"""Recognizes requests for reasoning by their phrases, in several languages."""
 
 import re
 import unicodedata
 
-# Looked for in text that is NFKC-normalised, case-folded, and has spaces for hyphens. Phrases, not
-# single words: "reason" and "steps" stand in half of all benign prompts.
+# The text is NFKC-normalised and case-folded, and its hyphens are spaces, before the search. These
+# are phrases because single words say too little: many ordinary prompts contain "reason".
 _PHRASES = (
     *("<think>", "<thinking>", "<reasoning>", "<scratchpad>"),
     *("step by step", "chain of thought", "reasoning trace", "reasoning process"),
@@ -26,7 +26,7 @@ _PHRASES = (
     # Hindi, Arabic, Vietnamese, Indonesian.
     *("चरण दर चरण", "خطوة بخطوة", "từng bước", "langkah demi langkah"),
 )
-_KNOWN = tuple(unicodedata.normalize("NFKC", phrase).casefold() for phrase in _PHRASES)
+_NORMALISED = tuple(unicodedata.normalize("NFKC", phrase).casefold() for phrase in _PHRASES)
 _YOURS = re.compile(
     r"your (?:full |complete |entire |own )?"
     r"(?:reasoning|thinking|thought process|thoughts|working|workings|steps)\b"
@@ -36,8 +36,8 @@ _YOURS = re.compile(
 def asks_for_reasoning(text: str) -> bool:
     """Whether the text asks for the reasoning behind an answer.
 
-    A list of phrases is easy to go around for who knows it, and a recipe is asked for "step by
-    step" too: one request means nothing, a share of many does.
+    One request means nothing: people ask for a recipe "step by step" too. A large share of many
+    requests means something. An attacker who knows the list can avoid its phrases.
     """
     plain = " ".join(unicodedata.normalize("NFKC", text).casefold().replace("-", " ").split())
-    return any(phrase in plain for phrase in _KNOWN) or _YOURS.search(plain) is not None
+    return any(phrase in plain for phrase in _NORMALISED) or _YOURS.search(plain) is not None

@@ -1,4 +1,4 @@
-"""What a gateway remembers of a request: figures and keyed hashes, never its words."""
+"""What a gateway remembers of a request for the extraction score: numbers and hashes, no words."""
 
 import hashlib
 import re
@@ -10,31 +10,56 @@ from dataclasses import dataclass
 from gateway.extraction.elicitation import asks_for_reasoning
 
 EDGE = 8
-"""Words at either end of a prompt that make a template, if prompts share them."""
+"""Words at either end of a prompt that make a template if several prompts share them."""
 
 SEARCHED = 4000
-"""Characters at either end that are searched for forms and phrases: the work of one request must
-be bounded, and instructions stand at the ends. The hash of the prompt is of the whole."""
+"""Characters at either end of a prompt that are searched for templates and phrases. The work per
+request must have a bound, and instructions are usually at the ends. The hash covers the whole
+prompt."""
 
-# Footprints never leave the process, so hashes need not agree between replicas or restarts, and
-# with a key that nobody knows addresses and short prompts cannot be found by trying them all.
+# The key of the hashes is drawn when the process starts and never leaves it. Without a secret key,
+# an address or a short prompt could be recovered from its hash by trying all of them. Observations
+# never leave the process either, so the hashes need not agree between replicas or restarts.
 _SECRET = secrets.token_bytes(32)
 _WORD = re.compile(r"[^\W\d_]+|\d+(?:[.,]\d+)*|[^\w\s]")
 
 
 @dataclass(frozen=True, slots=True)
+class RequestFacts:
+    """What the extraction score reads of one request; only its `Observation` is remembered."""
+
+    text: str
+    """What the client asks now: best the last message of the user alone. With the history of the
+    conversation before it, two equal requests would look different."""
+    at: float
+    """Seconds since 1970."""
+    max_tokens: int | None
+    """None if the client did not set it."""
+    temperature: float
+    logprobs: bool = False
+    bans: bool = False
+    address: str = ""
+    user_agent: str = ""
+    instructions: str = ""
+    """A system message or the history, which is searched for requests for reasoning."""
+    refused: bool = False
+    """Whether the key's tier does not allow the request; it was not answered."""
+
+
+@dataclass(frozen=True, slots=True)
 class Observation:
-    """What is kept of one request: 64-bit keyed hashes and figures, no text."""
+    """What is remembered of one request: 64-bit keyed hashes and numbers, no text."""
 
     at: float
     """Seconds since 1970."""
     prompt: int
-    """Of the text, without regard to case and white space."""
+    """Hash of the text, without regard to case and white space."""
     template: int | None
-    """Of the text with numbers and capitalised words masked; None below four words."""
+    """Hash of the text with numbers and capitalised words masked; None below four words."""
     head: int | None
-    """Of the masked text's first words; None if it has no more than `EDGE`."""
+    """Hash of the masked text's first words; None if it has no more than `EDGE`."""
     tail: int | None
+    """Hash of its last words, likewise."""
     length: int
     """Characters of the prompt."""
     max_tokens: int | None
@@ -49,60 +74,36 @@ class Observation:
     """Whether the key's tier does not allow it; it was not answered."""
 
 
-def observe(
-    text: str,
-    *,
-    at: float,
-    max_tokens: int | None,
-    temperature: float,
-    logprobs: bool = False,
-    bans: bool = False,
-    address: str = "",
-    user_agent: str = "",
-    instructions: str = "",
-    refused: bool = False,
-    secret: bytes = _SECRET,
-) -> Observation:
-    """What is remembered of a request.
-
-    Args:
-        text: what the client asks now, best the last message of the user alone. The history of a
-            conversation before it hides that two requests are the same.
-        instructions: a system message or history, searched for phrases that ask for reasoning.
-        secret: key of the BLAKE2b hashes, 16 to 64 bytes. The default is drawn when the process
-            starts: hashes of two replicas then cannot be compared, nor need they be. Give all
-            replicas the same one to score their observations together.
-
-    Raises:
-        ValueError: if the secret is too short or too long.
-    """
-    if not 16 <= len(secret) <= 64:
-        raise ValueError(f"the secret must have 16 to 64 bytes, got {len(secret)}")
-    masked = _masked(_ends(text))
+def observe(request: RequestFacts) -> Observation:
+    """What is remembered of a request."""
+    masked = _masked(_ends(request.text))
 
     return Observation(
-        at=at,
-        prompt=_hashed(secret, "prompt", text.casefold().split()),
-        template=_hashed(secret, "template", masked) if len(masked) >= 4 else None,
-        head=_hashed(secret, "head", masked[:EDGE]) if len(masked) > EDGE else None,
-        tail=_hashed(secret, "tail", masked[-EDGE:]) if len(masked) > EDGE else None,
-        length=len(text),
-        max_tokens=max_tokens,
-        temperature=temperature,
-        asked_logprobs=logprobs,
-        used_bans=bans,
-        elicits_reasoning=asks_for_reasoning(f"{_ends(instructions)}\n{_ends(text)}"),
-        ip_hash=_hashed(secret, "address", [address]),
-        user_agent_hash=_hashed(secret, "agent", [user_agent]),
-        refused=refused,
+        at=request.at,
+        prompt=_hashed("prompt", request.text.casefold().split()),
+        template=_hashed("template", masked) if len(masked) >= 4 else None,
+        head=_hashed("head", masked[:EDGE]) if len(masked) > EDGE else None,
+        tail=_hashed("tail", masked[-EDGE:]) if len(masked) > EDGE else None,
+        length=len(request.text),
+        max_tokens=request.max_tokens,
+        temperature=request.temperature,
+        asked_logprobs=request.logprobs,
+        used_bans=request.bans,
+        elicits_reasoning=asks_for_reasoning(
+            f"{_ends(request.instructions)}\n{_ends(request.text)}"
+        ),
+        ip_hash=_hashed("address", [request.address]),
+        user_agent_hash=_hashed("agent", [request.user_agent]),
+        refused=request.refused,
     )
 
 
-def _hashed(secret: bytes, kind: str, words: Sequence[str]) -> int:
-    """64 bits of words; equal words of two kinds have different ones."""
+def _hashed(kind: str, words: Sequence[str]) -> int:
+    """A 64-bit hash of words. Equal words of two kinds have different hashes."""
     data = " ".join(words).encode(errors="replace")
-    found = hashlib.blake2b(data, digest_size=8, key=secret, person=kind.encode())
-    return int.from_bytes(found.digest(), "big")
+    # BLAKE2b's own key makes this a MAC; `person` separates the kinds.
+    digest = hashlib.blake2b(data, digest_size=8, key=_SECRET, person=kind.encode())
+    return int.from_bytes(digest.digest(), "big")
 
 
 def _ends(text: str) -> str:
@@ -112,7 +113,10 @@ def _ends(text: str) -> str:
 
 
 def _masked(text: str) -> list[str]:
-    """Words and signs, with 0 for a number and N for a word with a capital first letter."""
+    """Words and signs, with 0 for each number and N for each capitalised word.
+
+    Two prompts that fill one template with other numbers and names are equal after this.
+    """
     return [
         "0" if word[0].isdigit() else "N" if word[0].isupper() else word
         for word in _WORD.findall(unicodedata.normalize("NFKC", text))

@@ -1,29 +1,35 @@
-"""How much the last requests of one key look like somebody collecting a data set.
+"""The extraction score: how much the last requests of a customer look like a data set being built.
 
-Signs are combined by a noisy-or, 1 - prod(1 - weight * evidence): each is taken for a separate
-reason to suspect, and none can clear a key of another. The weights follow one rule. Signs of
-*automation* alone (volume, steadiness, one template, coverage, a fixed length, many addresses) stay
-below the default threshold of 0.7 together: they say that a program asks, and most programs are
-customers. Only a sign of *purpose* (asking for the reasoning, probing log-probabilities, sampling
-the same prompt again) carries a key above it, and none does so alone.
+A noisy-or combines the signs: 1 - prod(1 - weight * evidence). Each sign is a separate reason to
+suspect, and no sign can clear a customer of another. The weights follow one rule. Signs of
+*automation* (volume, steadiness, one template, coverage, a fixed length, many addresses) stay below
+the default threshold of 0.7 even together: they say that a program sends the requests, and most
+programs are honest customers. Only a sign of *purpose* (asking for the reasoning, probing
+log-probabilities, sampling the same prompt again) can lift a score above the threshold, and none
+does so alone.
 
-Fifteen harmless requests are added to every key's, so that a share of few requests counts little.
+Fifteen harmless requests are added to those of every customer, so that a share of few requests
+counts little.
 
-What it cannot tell, because the requests are the same:
+The score cannot separate traffic that consists of the same requests:
 
-- A developer who sends "think step by step" over a table, or in the system prompt of a busy
-  product, from somebody who keeps the reasoning; an evaluation with many samples of each question,
-  or a load test, from sampling to distil. These honest keys score above the threshold.
-- One prompt sampled slowly for ever from a health check, and problems put slowly, without a wish
-  for reasoning, to a model that reasons unasked, from chat. These thieves score below.
-- A program that asks for log-probabilities by mistake, is refused, and goes on all the same, from
-  somebody who looks for a way to get them.
-- A key among many that share the work: each key is looked at alone, and each replica sees its part.
-- Who knows the signs. A random word in each prompt hides that it is repeated. Near-duplicates are
-  not counted as repetitions on purpose: a long form with a short field is one, and is honest.
+- These honest customers score above the threshold. A developer who sends "think step by step" with
+  each row of a table, or in the system prompt of a busy product, looks like an attacker who keeps
+  the reasoning. An evaluation with many samples per question, or a load test, looks like sampling
+  to distil.
+- These attackers score below it. One prompt that is sampled slowly for a long time looks like a
+  health check. Problems that are sent slowly, without asking for the reasoning, to a model that
+  reasons anyway look like chat.
+- A program that asks for log-probabilities by mistake and ignores the refusals looks like an
+  attacker who searches for a way to get them.
+- Keys that share the work of one attacker are scored one by one, and each replica of the gateway
+  scores only the requests that it receives.
+- An attacker who knows the signs can avoid them. A random word in each prompt hides repetition.
+  Near-duplicates do not count as repetitions, because a long form with a short field produces them
+  honestly.
 
-The weights were set by hand on simulated traffic (tests/unit/test_extraction.py), for want of real
-traffic. Start with the action `observe`, and look at whom it names.
+The weights were set by hand on simulated traffic (tests/unit/gateway/traffic.py), because no real
+traffic was available. Start with the action `observe` and look at the customers that it names.
 """
 
 import math
@@ -31,65 +37,64 @@ from collections import OrderedDict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from gateway.extraction.footprint import Observation, observe
+from gateway.extraction.footprint import Observation
 from gateway.extraction.signs import SIGNS, ramp
 
-__all__ = ["MOST_KEYS", "Observation", "Score", "Watch", "observe", "score"]
-
 MOST_KEYS = 10_000
-"""Keys that are remembered; one with a full window of 500 takes 0.15 MB."""
+"""Accounts that are remembered; one with a full window of 500 requests takes 0.15 MB. Forgetting an
+account clears it of suspicion, so this should exceed the number of active ones."""
 
 
 @dataclass(frozen=True)
 class Score:
-    """0 is nothing to see, 1 is certainty; the reasons are the strongest first, with figures."""
+    """0 is no sign, 1 is certainty."""
 
     value: float
     reasons: tuple[str, ...]
+    """The strongest sign first, each with its numbers."""
 
 
 class Watch:
-    """The last observations of each key, on one event loop.
+    """The last observations of each account. Not thread-safe: use it from one event loop.
 
-    The key that asked longest ago is forgotten when there are too many; forgetting clears a key,
-    so `keys` should not be smaller than the keys that are active.
+    The account whose last request is the oldest is forgotten when there are too many.
 
     Raises:
-        ValueError: if `window` or `keys` is below 1.
+        ValueError: if `window` is below 1.
     """
 
-    def __init__(self, window: int, keys: int = MOST_KEYS) -> None:
-        if window < 1 or keys < 1:
-            raise ValueError(f"window and keys must be at least 1, got {window} and {keys}")
-        self._window, self._most = window, keys
-        self._kept: OrderedDict[str, deque[Observation]] = OrderedDict()
+    def __init__(self, window: int) -> None:
+        if window < 1:
+            raise ValueError(f"window must be at least 1, got {window}")
+        self._window = window
+        self._observations: OrderedDict[str, deque[Observation]] = OrderedDict()
 
     def add(self, key: str, observation: Observation) -> None:
-        """Remember one more request of a key."""
-        self._kept.setdefault(key, deque(maxlen=self._window)).append(observation)
-        self._kept.move_to_end(key)
-        if len(self._kept) > self._most:
-            self._kept.popitem(last=False)
+        """Remember one more request of an account."""
+        self._observations.setdefault(key, deque(maxlen=self._window)).append(observation)
+        self._observations.move_to_end(key)
+        if len(self._observations) > MOST_KEYS:
+            self._observations.popitem(last=False)
 
     def of(self, key: str) -> tuple[Observation, ...]:
-        """A key's last requests, oldest first."""
-        return tuple(self._kept.get(key, ()))
+        """The last requests of an account, oldest first."""
+        return tuple(self._observations.get(key, ()))
 
     def __len__(self) -> int:
-        return len(self._kept)
+        return len(self._observations)
 
 
 def score(observations: Sequence[Observation]) -> Score:
-    """Combine all signs; no observations score 0."""
-    seen = sorted(observations, key=lambda item: item.at)
-    if not seen:
+    """Combine all signs of one account's requests; no requests score 0."""
+    ordered = sorted(observations, key=lambda observation: observation.at)
+    if not ordered:
         return Score(0.0, ())
-    found: list[tuple[float, str]] = []
+    parts: list[tuple[float, str]] = []
     for sign in SIGNS:
-        value, words = sign.measure(seen)
+        value, description = sign.measure(ordered)
         evidence = ramp(value, sign.low, sign.high)
         if evidence > 0:
-            found.append((sign.weight * evidence, words))
-    found.sort(reverse=True)
-    clear = math.prod((1 - part for part, _ in found), start=1.0)
-    return Score(1 - clear, tuple(f"{words} ({part:.2f})" for part, words in found))
+            parts.append((sign.weight * evidence, description))
+    parts.sort(reverse=True)
+    clear = math.prod((1 - part for part, _ in parts), start=1.0)
+    return Score(1 - clear, tuple(f"{description} ({part:.2f})" for part, description in parts))

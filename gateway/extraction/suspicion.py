@@ -1,13 +1,14 @@
-"""Looks at what each customer asked last, and acts on it if the policy says so.
+"""Scores the last requests of each customer, and acts on the score if the policy says so.
 
-A customer is an account: a key and all that it was rotated to.
+A customer is an account: a key and all keys that it was rotated to.
 """
 
 import time
 from collections.abc import Mapping
 
 from gateway.accounts.key_records import KeyRecord
-from gateway.extraction import score
+from gateway.extraction.footprint import Observation, RequestFacts, observe
+from gateway.extraction.score import Watch, score
 from gateway.http.requests import Sampled
 from gateway.metrics import Metrics
 from gateway.plan import Plan
@@ -17,19 +18,20 @@ from gateway.refusals import suspended
 
 
 class Suspicion:
-    """One replica's view: with several, each sees a part of the requests and judges by it.
+    """The extraction scores of one replica, which judges by the requests that it receives.
 
-    In shadow mode (`observe`, the default) it writes the audit log and nothing else.
+    With the action `observe` (the default) it writes the audit log and nothing else.
     """
 
     def __init__(self, rules: Extraction, log: AuditLog, metrics: Metrics) -> None:
         self.rules, self._log, self._metrics = rules, log, metrics
-        self._watch = score.Watch(rules.window)
-        self._seen: dict[str, int] = {}
+        self._watch = Watch(rules.window)
+        self._request_counts: dict[str, int] = {}
+        # The share of its quotas that a suspicious account keeps: 0 suspends it.
         self._shares: dict[str, float] = {}
 
     def share(self, account: str) -> float:
-        """Of its quotas that an account keeps: 1 unless it is throttled."""
+        """The share of its quotas that an account keeps: 1 unless it is throttled."""
         return self._shares.get(account, 1.0)
 
     def see(
@@ -41,20 +43,21 @@ class Suspicion:
         *,
         planned: Plan | None = None,
     ) -> None:
-        """Show a request to the score of extraction patterns.
+        """Add a request to the observations of its account.
 
         Args:
             planned: None if the key's tier refuses the request.
 
         Raises:
-            ApiError: 403 if the key is suspended.
+            ApiError: 403 if the account is suspended.
         """
         logprobs, bans = request.asked_logprobs is not None, bool(request.logit_bias)
         if planned is None and not (logprobs or bans):
-            # Refusals cost nothing: by others a thief could push his own requests out of sight.
+            # Refused requests cost no quota. If they all counted, an attacker could fill the window
+            # with harmless refused ones and push the telling requests out of it.
             return
-        observation = score.observe(
-            request.texts[-1],
+        facts = RequestFacts(
+            text=request.texts[-1],
             at=time.time(),
             max_tokens=request.most_tokens,
             temperature=planned.requests[0].temperature if planned else request.temperature or 0.0,
@@ -65,36 +68,38 @@ class Suspicion:
             instructions="\n".join(request.texts[:-1]),
             refused=planned is None,
         )
-        self.look(key.account, observation, key=key.id)
+        self.add(key.account, observe(facts), key=key.id)
 
-    def look(self, account: str, observation: score.Observation, *, key: str) -> None:
-        """Note a request; every so many of an account, look at them together.
+    def add(self, account: str, observation: Observation, *, key: str) -> None:
+        """Note a request, and score the account after every `rules.every` of them.
 
         Args:
-            key: the id of the key that asks, for the audit log.
+            key: the id of the key of this request, for the audit log.
 
         Raises:
-            ApiError: 403 if the policy is to block and the account looks like a thief's.
+            ApiError: 403 if the policy says `block` and the account's score is above the threshold.
         """
         self._watch.add(account, observation)
-        self._seen[account] = self._seen.get(account, 0) + 1
-        if self._seen[account] % self.rules.every == 0:
+        self._request_counts[account] = self._request_counts.get(account, 0) + 1
+        if self._request_counts[account] % self.rules.every == 0:
             self._judge(account, key)
         if self._shares.get(account) == 0.0:
             raise suspended()
 
     def _judge(self, account: str, key: str) -> None:
-        verdict = score.score(self._watch.of(account))
-        suspicious = verdict.value >= self.rules.threshold
+        result = score(self._watch.of(account))
+        suspicious = result.value >= self.rules.threshold
         self._metrics.extraction(suspicious)
+        # Each judgement replaces the last one: an account whose requests are harmless again gets
+        # its quotas back, and new rules count from here on.
         self._shares.pop(account, None)
         if not suspicious:
             return
         self._log.write(
             *(key, "extraction"),
             account=account,
-            reasons=verdict.reasons,
-            score=round(verdict.value, 3),
+            reasons=result.reasons,
+            score=round(result.value, 3),
             action=self.rules.action,
         )
         if self.rules.action != "observe":

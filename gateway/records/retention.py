@@ -1,4 +1,4 @@
-"""How long decisions are kept: old files of the audit log are removed, again every day."""
+"""How long decisions are kept: old files of the audit log are deleted once a day."""
 
 import asyncio
 import logging
@@ -10,25 +10,23 @@ logger = logging.getLogger(__name__)
 DAY_S = 86_400.0
 
 
-async def keep_for(
-    log: AuditLog, days: Callable[[], int | None], *, every_s: float = DAY_S
-) -> None:
-    """Remove what is older than so many days, now and once a day, until it is cancelled.
+async def keep_for(log: AuditLog, days: Callable[[], int | None]) -> None:
+    """Delete the files that are older than so many days, now and once a day, until cancelled.
 
-    A folder that cannot be cleared is logged and tried again the next day: it is no reason to
-    stop serving, for decisions are still written down.
+    If files cannot be deleted, the error is logged and the next day tries again. Serving goes on:
+    decisions are still recorded, and only the deletion is late.
 
     Args:
-        days: asked each time, because a policy may change; None keeps all.
+        days: called each time, because a policy may change; None keeps all files.
     """
     while True:
-        wanted = days()
-        if wanted is not None:
+        limit = days()
+        if limit is not None:
             try:
-                removed = await asyncio.to_thread(log.prune, wanted)
+                removed = await asyncio.to_thread(log.prune, limit)
             except OSError as error:
                 logger.error("old audit logs cannot be removed: %s", error)
             else:
                 if removed:
-                    logger.info("removed %d audit logs older than %d days", len(removed), wanted)
-        await asyncio.sleep(every_s)
+                    logger.info("removed %d audit logs older than %d days", len(removed), limit)
+        await asyncio.sleep(DAY_S)

@@ -1,4 +1,4 @@
-"""A replica that lives is heard of, also after the ledger failed for a moment."""
+"""A living replica reports its open requests, also after the ledger failed for a moment."""
 
 import asyncio
 import logging
@@ -17,41 +17,41 @@ from gateway.accounts.sqlite_ledger import LEDGER_FILE, SqliteLedger
 WIDE = Limits(1000, 1_000_000, 10_000_000, 1000)
 
 
-class Failing(SqliteLedger):
-    """Does not hear the first beats."""
+class FailingLedger(SqliteLedger):
+    """Fails at the first reports, and remembers the others."""
 
     def __init__(self, path: Path, failures: int) -> None:
         super().__init__(path)
-        self.failures, self.heard = failures, []
+        self.failures, self.reports = failures, []
 
     def progress(self, owner: str, written: Any, *, lease_s: float) -> None:
         if self.failures:
             self.failures -= 1
             raise StoreError("the disk is busy")
         super().progress(owner, written, lease_s=lease_s)
-        self.heard.append(dict(written))
+        self.reports.append(dict(written))
 
 
-def test_heartbeats_go_on_after_a_failure(
+def test_reports_continue_after_a_failure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(open_requests, "HEARTBEAT_S", 0.01)
-    ledger = Failing(tmp_path / LEDGER_FILE, failures=2)
+    ledger = FailingLedger(tmp_path / LEDGER_FILE, failures=2)
 
     async def run() -> None:
         opened = OpenRequests(ledger)
-        found = await opened.reserve(Reservation("k", "r", 1, 9, 1), WIDE)
-        assert isinstance(found, Standing)
+        answer = await opened.reserve(Reservation("k", "r", 1, 9, 1), WIDE)
+        assert isinstance(answer, Standing)
         opened.add("r", 3)
         async with asyncio.timeout(5):
-            while not ledger.heard:
+            while not ledger.reports:
                 await asyncio.sleep(0.01)
         assert opened.settle("r") == 3
         await opened.close()
 
     with caplog.at_level(logging.WARNING):
         asyncio.run(run())
-    assert ledger.heard[0] == {"r": 3}
+    assert ledger.reports[0] == {"r": 3}
     assert caplog.text.count("the disk is busy") == 2
     (row,) = ledger.usage()
     assert (row.completion_tokens, row.open_requests) == (3, 0)

@@ -1,4 +1,4 @@
-"""What every store in Redis says when it cannot be had."""
+"""Errors of the stores in Redis when the server, the URL or the package is missing."""
 
 import socket
 import sys
@@ -25,7 +25,7 @@ def test_a_redis_that_does_not_answer_is_an_error(store: Store) -> None:
 
 
 @every_store
-def test_a_url_that_is_none_is_refused_without_its_password(store: Store) -> None:
+def test_a_wrong_url_is_refused_without_its_password(store: Store) -> None:
     with pytest.raises(ConfigError, match="rediss://") as error:
         store("http://user:secret@host")
     assert "secret" not in str(error.value)

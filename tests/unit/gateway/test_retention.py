@@ -1,4 +1,4 @@
-"""Old decisions are removed when a gateway starts and every day after; new rules count."""
+"""Old audit logs are removed when a gateway starts and every day after, by the current rules."""
 
 import asyncio
 import logging
@@ -10,6 +10,7 @@ import pytest
 
 from azeotrope.config import ConfigError, build
 from gateway.policy import Policy
+from gateway.records import retention
 from gateway.records.audit_log import AuditLog
 from gateway.records.retention import keep_for
 
@@ -26,23 +27,26 @@ def log(tmp_path: Path) -> Iterator[AuditLog]:
         yield log
 
 
+@pytest.fixture(autouse=True)
+def short_days(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retention, "DAY_S", 0.01)
+
+
 async def removed(path: Path) -> None:
     async with asyncio.timeout(5):
         while path.exists():
             await asyncio.sleep(0.01)
 
 
-def test_files_go_at_the_start_and_every_day(log: AuditLog, tmp_path: Path) -> None:
+def test_files_are_removed_at_the_start_and_every_day(log: AuditLog, tmp_path: Path) -> None:
     ages = {days: old(tmp_path, days) for days in (0, 1, 5, 89, 91, 400)}
     rules = [Policy()]
 
     async def run() -> None:
-        task = asyncio.create_task(
-            keep_for(log, lambda: rules[0].audit.retention_days, every_s=0.01)
-        )
+        task = asyncio.create_task(keep_for(log, lambda: rules[0].audit.retention_days))
         await removed(ages[400])
         assert [days for days, path in ages.items() if path.exists()] == [0, 1, 5, 89]
-        # New rules hold from the next day on.
+        # New rules apply from the next day.
         rules[0] = build(Policy, {"audit": {"retention_days": 2}})
         await removed(ages[89])
         task.cancel()
@@ -52,17 +56,17 @@ def test_files_go_at_the_start_and_every_day(log: AuditLog, tmp_path: Path) -> N
     log.write("k", "request")
 
 
-def test_null_keeps_all(log: AuditLog, tmp_path: Path) -> None:
+def test_null_keeps_all_files(log: AuditLog, tmp_path: Path) -> None:
     path = old(tmp_path, 4000)
-    asked = asyncio.Event()
+    called = asyncio.Event()
 
     def days() -> None:
-        if asked.is_set():
+        if called.is_set():
             raise asyncio.CancelledError
-        asked.set()
+        called.set()
 
     with pytest.raises(asyncio.CancelledError):
-        asyncio.run(keep_for(log, days, every_s=0))
+        asyncio.run(keep_for(log, days))
     assert path.exists()
     assert build(Policy, {"audit": {"retention_days": None}}).audit.retention_days is None
     with pytest.raises(ConfigError, match="retention_days"):
@@ -77,7 +81,7 @@ def test_a_file_that_cannot_be_removed_is_tried_again(
     path.mkdir()
 
     async def run() -> None:
-        task = asyncio.create_task(keep_for(log, lambda: 90, every_s=0.01))
+        task = asyncio.create_task(keep_for(log, lambda: 90))
         async with asyncio.timeout(5):
             while "cannot be removed" not in caplog.text:
                 await asyncio.sleep(0.01)
@@ -90,7 +94,7 @@ def test_a_file_that_cannot_be_removed_is_tried_again(
         asyncio.run(run())
 
 
-def test_a_name_that_is_no_day_is_left(log: AuditLog, tmp_path: Path) -> None:
+def test_a_file_whose_name_is_no_day_remains(log: AuditLog, tmp_path: Path) -> None:
     path = tmp_path / "audit-2020-13-45-7.jsonl"
     path.write_text("")
     assert log.prune(1) == []
