@@ -7,13 +7,13 @@ from collections.abc import AsyncGenerator
 from typing import Any, Literal, cast
 
 import ray
-import torch
 from pydantic import Field
 from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
+from actors.threads import use_one_thread_on_cpu
 from azeotrope.config import Config, ConfigError
 from azeotrope.engine.protocol import Chunk, Engine, EngineBusyError, EngineError, EngineRequest
 
@@ -73,8 +73,7 @@ def build_engine(settings: EngineSettings) -> Any:
     from azeotrope import models
     from azeotrope.engine.transformers import TransformersEngine
 
-    if not torch.cuda.is_available():
-        torch.set_num_threads(1)
+    use_one_thread_on_cpu()
     loaded = models.load(settings.checkpoint)
     return TransformersEngine(
         loaded, decoding=settings.decoding, rows=settings.rows, queue=settings.queue

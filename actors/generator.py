@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from pydantic import Field
 
+from actors.threads import use_one_thread_on_cpu
 from azeotrope import collect, models
 from azeotrope.config import Config
 from azeotrope.defenses import base as defenses
@@ -44,8 +45,7 @@ class GenerationWorker:
     """A Ray Data actor around the transformers engine; models stay loaded between shards."""
 
     def __init__(self) -> None:
-        if not torch.cuda.is_available():
-            torch.set_num_threads(1)
+        use_one_thread_on_cpu()
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         rows = [run(GenerationJob.model_validate(json.loads(job))) for job in batch["job"]]

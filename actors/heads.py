@@ -12,8 +12,9 @@ from pydantic import Field
 from actors import engine_check
 from azeotrope import models
 from azeotrope.collect import SHARD, collect, finish
-from azeotrope.config import Config, write_json
+from azeotrope.config import Config
 from azeotrope.defenses import base as defenses
+from azeotrope.files import write_json
 from azeotrope.generation import Sampling
 from azeotrope.heads.export import export, head_from, proxy_head_from, put_head
 from azeotrope.heads.features import FeaturePair, pair_up, read_features

@@ -5,9 +5,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from actors.teacher import FeatureJob, read_examples
+from actors.threads import use_one_thread_on_cpu
 from azeotrope import models
 from azeotrope.heads.features import compute, write_features
 from azeotrope.heads.surrogate import first_block
@@ -18,8 +18,7 @@ class ProxyActor:
     """Computes one proxy's hidden states on the teacher's traces, tokens matched by string."""
 
     def __init__(self, model: str, teacher: str, index: int) -> None:
-        if not torch.cuda.is_available():
-            torch.set_num_threads(1)
+        use_one_thread_on_cpu()
         self.loaded = models.load(model)
         # Only the teacher's tokenizer is needed: the token ids are in the traces.
         self.teacher = replace(self.loaded, tokenizer=models.load_tokenizer(teacher))

@@ -7,8 +7,9 @@ import numpy as np
 import torch
 
 from actors.teacher import FeatureJob, read_examples
+from actors.threads import use_one_thread_on_cpu
 from azeotrope import models
-from azeotrope.config import write_json
+from azeotrope.files import write_json
 from azeotrope.logits.chunks import head_logits, token_chunks
 from azeotrope.logits.vocabulary import share
 from azeotrope.tokens import Batch, collate
@@ -20,8 +21,7 @@ class ScoreActor:
     """Writes, for each trace of a file, the proxies' mean log-probability a token, in nats."""
 
     def __init__(self, proxies: tuple[str, ...], teacher: str) -> None:
-        if not torch.cuda.is_available():
-            torch.set_num_threads(1)
+        use_one_thread_on_cpu()
         self.proxies = [models.load(name) for name in proxies]
         tokenizer = models.load_tokenizer(teacher)
         self.teacher = models.Loaded(self.proxies[0].model, tokenizer)

@@ -15,7 +15,8 @@ from azeotrope.attacks.cleanups import base as cleanups
 from azeotrope.attacks.cleanups.base import AttackerAssets, CleanupSpec
 from azeotrope.attacks.logits import LogitAttack, TeacherHead
 from azeotrope.collect import collect
-from azeotrope.config import Config, write_json
+from azeotrope.config import Config
+from azeotrope.files import write_json
 from azeotrope.generation import Sampling
 from azeotrope.heads.features import read_features
 from azeotrope.tasks import TaskConfig

@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 
 import numpy as np
-import torch
 from pydantic import Field
 
+from actors.threads import use_one_thread_on_cpu
 from azeotrope import models
 from azeotrope.config import Config
 from azeotrope.heads.features import compute, write_features
@@ -34,8 +34,7 @@ class TeacherActor:
     """Idempotent: a file made again has the same content and replaces itself whole."""
 
     def __init__(self, model: str) -> None:
-        if not torch.cuda.is_available():
-            torch.set_num_threads(1)
+        use_one_thread_on_cpu()
         self.loaded = models.load(model)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

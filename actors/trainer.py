@@ -5,7 +5,6 @@ the same name with another configuration would take up the wrong run.
 """
 
 import json
-import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -13,12 +12,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import ray.train
-import torch
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
 from actors import heads, students
 from actors.resources import Resources
+from actors.threads import use_one_thread_on_cpu
+from azeotrope.files import write_text
 
 Kind = Literal["head", "student"]
 FAILURE = "failure.txt"
@@ -105,8 +105,7 @@ def is_finished(kind: Kind, folder: Path) -> bool:
 def _loop(config: dict[str, Any]) -> None:
     kind: Kind = config["kind"]
     rank = ray.train.get_context().get_world_rank()
-    if not torch.cuda.is_available():
-        torch.set_num_threads(1)
+    use_one_thread_on_cpu()
     tasks = [Task(**item) for item in config["tasks"]]
     work = heads.run if kind == "head" else students.run
     for number, task in enumerate(tasks):
@@ -139,6 +138,4 @@ class _Reporter:
     def __call__(self, done: int, total: int) -> None:
         if self.rank == 0:
             share = (self.number + done / total) / self.count
-            temporary = self.path.with_name(f".{self.path.name}.tmp")
-            temporary.write_text(json.dumps([share, f"{self.label} {done}/{total}"]))
-            os.replace(temporary, self.path)
+            write_text(self.path, json.dumps([share, f"{self.label} {done}/{total}"]))

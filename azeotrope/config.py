@@ -2,15 +2,17 @@
 
 import hashlib
 import json
-import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import ErrorDetails
 
 C = TypeVar("C", bound="Config")
+_TYPE_NAME = re.compile(r".*\[.*|str|int|float|bool|[A-Z]\w*")
 
 
 class Config(BaseModel):
@@ -21,10 +23,6 @@ class Config(BaseModel):
     def dump(self) -> dict[str, Any]:
         """Plain data that `model_validate` takes back."""
         return self.model_dump(mode="json")
-
-    def with_overrides(self: C, overrides: Sequence[str]) -> C:
-        """A copy changed by `key.sub=value` strings."""
-        return build(type(self), self.dump(), overrides)
 
 
 class ConfigError(ValueError):
@@ -64,9 +62,49 @@ def build(
     try:
         return kind.model_validate(merged)
     except ValidationError as error:
-        lines = [_explain(kind, item) for item in error.errors()]
         where = f" in {source}" if source else ""
-        raise ConfigError(f"configuration{where}: " + "; ".join(lines)) from None
+        raise ConfigError(f"configuration{where}: {explain(error, kind)}") from None
+
+
+def explain(
+    error: ValidationError,
+    kind: type[BaseModel] | None = None,
+    *,
+    whole: str = "value",
+    show_values: bool = True,
+) -> str:
+    """One clause for each value that does not fit, joined by semicolons.
+
+    Args:
+        kind: the model that was validated; adds the allowed keys where a key is unknown.
+        whole: the name of the data itself, for a problem that no single field has.
+        show_values: repeat the values that were refused. False for what a stranger sent.
+    """
+    clauses = [
+        _explain_one(kind, problem, whole, show_values)
+        for problem in error.errors(include_url=False, include_context=False)
+    ]
+    return "; ".join(clauses)
+
+
+def _explain_one(
+    kind: type[BaseModel] | None, problem: ErrorDetails, whole: str, show_values: bool
+) -> str:
+    path = path_text(problem["loc"]) or whole
+    if problem["type"] == "extra_forbidden":
+        allowed = _allowed(kind, problem["loc"][:-1]) if kind else []
+        hint = f"; allowed: {', '.join(allowed)}" if allowed else ""
+        return f"unknown key {path!r}{hint}"
+    value = problem.get("input")
+    # A mapping is refused for what it lacks, so printing all of it would bury the reason.
+    received = f", got {value!r}" if show_values and not isinstance(value, dict) else ""
+    return f"{path}: {problem['msg']}{received}"
+
+
+def path_text(location: Sequence[int | str]) -> str:
+    """A path as its writer knows it, without the names pydantic gives the types of a union."""
+    parts = [str(part) for part in location]
+    return ".".join(part for part in parts if not _TYPE_NAME.fullmatch(part))
 
 
 def digest(value: Any) -> str:
@@ -124,17 +162,6 @@ def _item(items: list[Any], part: str, key: str) -> Any:
     return items[int(part)]
 
 
-def _explain(kind: type[BaseModel], item: Any) -> str:
-    place = ".".join(str(part) for part in item["loc"]) or "value"
-    if item["type"] == "extra_forbidden":
-        allowed = _allowed(kind, item["loc"][:-1])
-        known = f"; allowed: {', '.join(allowed)}" if allowed else ""
-        return f"unknown key {place!r}{known}"
-    given = item.get("input")
-    shown = "" if isinstance(given, dict) else f", got {given!r}"
-    return f"{place}: {item['msg']}{shown}"
-
-
 def _allowed(kind: type[BaseModel], path: Sequence[Any]) -> list[str]:
     """The fields of the nested model that an error path points into."""
     here = [kind]
@@ -156,11 +183,3 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return [m for inner in getattr(annotation, "__args__", ()) for m in _models_in(inner)]
-
-
-def write_json(path: Path, data: Any) -> None:
-    """Write plain data; the file appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n")
-    os.replace(temporary, path)

@@ -5,7 +5,6 @@ made twice has the same id, and a file with an id in it twice is refused.
 """
 
 import hashlib
-import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -14,6 +13,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from azeotrope.files import written_whole
 from azeotrope.tasks.base import Problem, Task
 
 SCHEMA = pa.schema(
@@ -138,14 +138,15 @@ def read_traces(place: Path) -> list[Trace]:
 
 
 def write_parquet(table: pa.Table, path: Path) -> None:
-    """Write under a temporary name, then rename: a reader never sees half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """Write one Parquet file, whole or not at all.
+
+    Raises:
+        OSError: if the disk is full or the folder cannot be written to.
+    """
     try:
-        pq.write_table(table, temporary, compression="zstd")
-        os.replace(temporary, path)
+        with written_whole(path) as temporary:
+            pq.write_table(table, temporary, compression="zstd")
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise OSError(
             error.errno,
             f"could not write {path} ({error.strerror or error}); finished files are kept",

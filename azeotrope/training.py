@@ -8,7 +8,6 @@ was killed and resumed ends with the same weights as one that was not.
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -24,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from azeotrope.config import Config
+from azeotrope.files import written_whole
 
 Item = TypeVar("Item")
 STATE = "state.safetensors"
@@ -261,11 +261,9 @@ def _save(
         "seconds": result.seconds,
         "log": [asdict(entry) for entry in result.log],
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    # One file and one rename: weights, moments and step can never be of different moments.
-    temporary = folder / f"{STATE}.tmp"
-    save_file(tensors, temporary, metadata={"fit": json.dumps(described)})
-    os.replace(temporary, folder / STATE)
+    # One file and one rename, so weights, optimizer state and step always belong together.
+    with written_whole(folder / STATE) as temporary:
+        save_file(tensors, temporary, metadata={"fit": json.dumps(described)})
 
 
 def _resume(

@@ -9,7 +9,8 @@ from huggingface_hub.errors import HFValidationError
 from pydantic import Field, TypeAdapter, ValidationError
 
 from azeotrope import models
-from azeotrope.config import Config, ConfigError, write_json
+from azeotrope.config import Config, ConfigError, explain
+from azeotrope.files import write_json
 from azeotrope.heads.export import TOLERANCE
 from azeotrope.tasks import TaskConfig
 from azeotrope.tokens import Boundary
@@ -103,7 +104,7 @@ def _of_run(folder: Path, defense: str | None) -> Point:
     try:
         points = TypeAdapter(list[Point]).validate_json((folder / POINTS).read_bytes())
     except ValidationError as error:
-        raise ConfigError(f"{folder / POINTS} cannot be read: {error}") from None
+        raise ConfigError(f"{folder / POINTS} cannot be read: {explain(error)}") from None
     named = [point for point in points if defense in (point.defense, point.label)]
     wanted = named if defense is not None else [point for point in points if not point.control]
     if len(wanted) == 1:

@@ -9,7 +9,8 @@ import torch
 
 from azeotrope import models
 from azeotrope.collect import BEGUN, finish
-from azeotrope.config import ConfigError, write_json
+from azeotrope.config import ConfigError
+from azeotrope.files import write_json
 from azeotrope.heads.features import read_features
 from azeotrope.logits import subspace
 from azeotrope.logits.information import conditional_mutual_information

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from azeotrope import __version__
-from azeotrope.config import write_json
+from azeotrope.files import write_json
 from azeotrope.report.page import write_report
 from azeotrope.report.statistics import Row, Scored, repeats, results_document, summarise
 from azeotrope.traces import Trace, read_traces

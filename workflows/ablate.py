@@ -19,7 +19,8 @@ import yaml
 from rich.console import Console
 
 from actors import session
-from azeotrope.config import ConfigError, build, write_json
+from azeotrope.config import ConfigError, build
+from azeotrope.files import write_json
 from azeotrope.report.figures import Plot, PlotLine
 from azeotrope.report.page import write_report
 from azeotrope.report.statistics import Accuracy, Row, mean_accuracy, read_document

@@ -25,8 +25,8 @@ from actors import session
 from azeotrope import __version__
 from azeotrope.attacks import base as attacks
 from azeotrope.attacks.logits import LogitAttack
-from azeotrope.config import write_json
 from azeotrope.defenses.base import Defense
+from azeotrope.files import write_json
 from azeotrope.report.statistics import Row, read_document
 from azeotrope.report.summary import plain_words
 from azeotrope.report.tables import result_table, teacher_table

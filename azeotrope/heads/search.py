@@ -8,7 +8,6 @@ head and the strength falls.
 
 import json
 import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -22,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from azeotrope.config import Config
+from azeotrope.files import written_whole
 from azeotrope.heads.features import FeatureBatch, FeaturePair, join
 from azeotrope.heads.head import Head
 from azeotrope.training import FitConfig, LogEntry, TokenSum, fit
@@ -369,11 +369,9 @@ def _save(folder: Path, good: dict[str, Tensor], result: HeadResult, factor: flo
         "rounds": [asdict(item) for item in result.rounds],
         "log": [asdict(item) for item in result.log],
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f"{STATE}.tmp"
     tensors = {name: value.cpu().contiguous() for name, value in good.items()}
-    save_file(tensors, temporary, metadata={"search": json.dumps(described)})
-    os.replace(temporary, folder / STATE)
+    with written_whole(folder / STATE) as temporary:
+        save_file(tensors, temporary, metadata={"search": json.dumps(described)})
 
 
 def _load(folder: Path, head: Head, result: HeadResult) -> float:

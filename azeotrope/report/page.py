@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from jinja2 import Environment, FileSystemLoader
 from pydantic import ValidationError
 
-from azeotrope.config import C, Config
+from azeotrope.config import C, Config, explain
 from azeotrope.report.figures import LossCurve, Plot, figures, plot_figure, save_pngs, svg
 from azeotrope.report.statistics import read_document
 from azeotrope.report.summary import plain_words
@@ -120,9 +120,9 @@ def _optional(path: Path, kind: type[C]) -> list[C]:
         try:
             found.append(kind.model_validate(item))
         except ValidationError as error:
-            first = error.errors()[0]
-            place = ".".join(str(part) for part in (index, *first["loc"]))
-            raise ValueError(f"{path} cannot be used: {place}: {first['msg']}") from None
+            raise ValueError(
+                f"{path} cannot be used: entry {index}: {explain(error, kind)}"
+            ) from None
     return found
 
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from pydantic import Field, ValidationError
 from scipy import stats
 
-from azeotrope.config import Config
+from azeotrope.config import Config, explain
 
 SCHEMA = 1
 DRAWS = 2000
@@ -88,11 +88,7 @@ def _row(item: Any, index: int, path: Path) -> Row:
     try:
         return Row.model_validate(item)
     except ValidationError as error:
-        problems = "; ".join(
-            f"{'.'.join(str(part) for part in problem['loc']) or 'row'}: {problem['msg']}"
-            for problem in error.errors()
-        )
-        raise ValueError(f"{path}, row {index}: {problems}") from None
+        raise ValueError(f"{path}, row {index}: {explain(error, Row, whole='row')}") from None
 
 
 def wilson(successes: int, n: int) -> tuple[float, float]:

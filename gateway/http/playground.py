@@ -17,6 +17,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from pydantic import ValidationError
 
+from azeotrope.config import explain, path_text
 from azeotrope.tasks import TaskConfig
 from gateway.accounts.database import StoreError
 from gateway.errors import ApiError
@@ -136,11 +137,11 @@ async def read_ask(request: Request) -> Ask:
         return Ask.model_validate_json(bytes(body))
     except ValidationError as error:
         problems = error.errors(include_url=False, include_context=False, include_input=False)
+        reasons = explain(error, Ask, whole="body", show_values=False)
     unknown = [item for item in problems if item["type"] == "extra_forbidden"]
-    first = (unknown or problems)[0]
-    place = ".".join(str(part) for part in first["loc"])[:200]
-    message = f"{place or 'body'}: {first['msg']}; a question has problem and side"
-    raise ApiError(422 if unknown else 400, message, param=place or None)
+    path = path_text((unknown or problems)[0]["loc"])[:200]
+    message = f"{reasons[:1000]}; a question has problem and side"
+    raise ApiError(422 if unknown else 400, message, param=path or None)
 
 
 async def _events(told: AsyncIterator[str | Verdict]) -> AsyncIterator[bytes]:

@@ -4,10 +4,11 @@ This is an allow-list: an engine's next release may understand new fields, and n
 A field is taken, checked and used; nothing of a request's body is handed on.
 """
 
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from azeotrope.config import explain, path_text
 from azeotrope.tokens import Message
 from gateway.errors import ApiError
 
@@ -173,7 +174,7 @@ def _refusal(kind: type[BaseModel], error: ValidationError) -> ApiError:
     problems = error.errors(include_url=False, include_context=False, include_input=False)
     unknown = [item for item in problems if item["type"] == "extra_forbidden"]
     if unknown:
-        names = sorted({_place(item["loc"]) for item in unknown})
+        names = sorted({path_text(item["loc"]) for item in unknown})
         known = ", ".join(kind.model_fields)
         return ApiError(
             422,
@@ -181,12 +182,5 @@ def _refusal(kind: type[BaseModel], error: ValidationError) -> ApiError:
             param=names[0][:200],
             code="unknown_field",
         )
-    first = problems[0]
-    place = _place(first["loc"])
-    return invalid(place[:200] or None, f"{place or 'body'}: {first['msg']}"[:1000])
-
-
-def _place(location: tuple[Any, ...]) -> str:
-    """A path as a client writes it, without pydantic's names for the kinds of a union."""
-    parts = [str(part) for part in location]
-    return ".".join(part for part in parts if "[" not in part and part not in {"str", "TextPart"})
+    reasons = explain(error, whole="body", show_values=False)
+    return invalid(path_text(problems[0]["loc"])[:200] or None, reasons[:1000])

@@ -65,7 +65,7 @@ def test_overrides_reach_nested_keys_lists_and_absent_parents() -> None:
 
 
 def test_the_last_override_wins_and_a_value_may_hold_an_equals_sign() -> None:
-    found = Outer().with_overrides(["inner.x=1", "inner.x=2", "inner.name=a=b"])
+    found = build(Outer, {}, ["inner.x=1", "inner.x=2", "inner.name=a=b"])
     assert found.inner == Inner(x=2, name="a=b")
 
 

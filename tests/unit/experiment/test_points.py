@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from azeotrope import models
-from azeotrope.config import ConfigError, write_json
+from azeotrope.config import ConfigError
+from azeotrope.files import write_json
 from experiment.points import POINTS, Point, find_point
 from experiment.stages import RECORD
 

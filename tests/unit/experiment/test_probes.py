@@ -11,7 +11,7 @@ import torch
 from actors.teacher import FeatureJob, TeacherActor
 from azeotrope import models, tasks
 from azeotrope.collect import collect, finish
-from azeotrope.config import write_json
+from azeotrope.files import write_json
 from azeotrope.generation import Sampling
 from azeotrope.heads.export import head_from, put_head
 from azeotrope.heads.features import compute

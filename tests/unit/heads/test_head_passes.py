@@ -11,7 +11,7 @@ import torch
 from actors import heads as head_actor
 from actors.heads import HeadJob
 from azeotrope import models, tasks
-from azeotrope.config import write_json
+from azeotrope.files import write_json
 from azeotrope.heads.export import head_from, put_head
 from azeotrope.heads.features import compute, write_features
 from azeotrope.heads.search import HeadTraining

@@ -193,5 +193,5 @@ def test_page_leaves_out_what_was_not_measured(tmp_path: Path) -> None:
 
 def test_broken_companions_are_named(tmp_path: Path) -> None:
     (tmp_path / "curves.json").write_text('[{"label": "clean"}]')
-    with pytest.raises(ValueError, match=r"curves\.json cannot be used: 0\.kind"):
+    with pytest.raises(ValueError, match=r"curves\.json cannot be used: entry 0: kind"):
         page_of(tmp_path, study(140))

@@ -14,10 +14,11 @@ from ray.serve.schema import ServeDeploySchema
 from rich.console import Console
 
 from azeotrope import models
-from azeotrope.config import ConfigError, write_json
+from azeotrope.config import ConfigError
 from azeotrope.config import build as build_config
 from azeotrope.config import load as load_config
 from azeotrope.defenses.watermark import PUBLIC_KEY
+from azeotrope.files import write_json
 from experiment import deployment
 from experiment.points import POINTS, Point
 from gateway.accounts.redis_ledger import RedisLedger
