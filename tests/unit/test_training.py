@@ -198,11 +198,11 @@ def test_a_finished_run_is_not_trained_again(tmp_path: Path) -> None:
 
 def test_a_half_written_state_is_ignored(tmp_path: Path) -> None:
     parameter, other = weight(), weight()
-    (tmp_path / f"{STATE}.tmp").write_bytes(b"cut in the mid")
+    (tmp_path / f".{STATE}.1-0.tmp").write_bytes(b"cut in the mid")
     fit([parameter], samples(), squares(parameter), settings())
     fit([other], samples(), squares(other), settings(), checkpoint=tmp_path)
     assert torch.equal(parameter, other)
-    assert [path.name for path in tmp_path.iterdir()] == [STATE]
+    assert [path.name for path in tmp_path.glob("*.safetensors")] == [STATE]
 
 
 def test_the_state_of_another_model_is_refused(tmp_path: Path) -> None:
