@@ -5,13 +5,17 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
+from azeotrope.defenses.base import strength_label
 from azeotrope.report.figures import Plot, PlotLine
-from azeotrope.report.statistics import Accuracy, Row, mean_accuracy
+from azeotrope.report.intervals import Accuracy, mean_accuracy
+from azeotrope.report.rows import ResultRow
 
 _PAIRS = re.compile(r"^pairs=(\d+)$")
 
 
-def plots_of(rows: Sequence[Row], heads: Sequence[tuple[str, list[dict[str, Any]]]]) -> list[Plot]:
+def plots_of(
+    rows: Sequence[ResultRow], heads: Sequence[tuple[str, list[dict[str, Any]]]]
+) -> list[Plot]:
     """Training curves of heads with several terms, inversion curves, information and accuracy."""
     rows = _told_apart(rows)
     terms = [_terms(number, *pair) for number, pair in enumerate(heads, 1)]
@@ -19,24 +23,24 @@ def plots_of(rows: Sequence[Row], heads: Sequence[tuple[str, list[dict[str, Any]
     return [plot for plot in found if plot is not None]
 
 
-def _told_apart(rows: Sequence[Row]) -> list[Row]:
+def _told_apart(rows: Sequence[ResultRow]) -> list[ResultRow]:
     """Defenses of one name and several strengths get the strength into their name."""
     strengths: dict[str, set[float | None]] = defaultdict(set)
     for row in rows:
         strengths[row.defense].add(row.strength)
     return [
-        row.model_copy(update={"defense": f"{row.defense} ({row.strength:g})"})
+        row.model_copy(update={"defense": strength_label(row.defense, row.strength)})
         if len(strengths[row.defense]) > 1 and row.strength is not None
         else row
         for row in rows
     ]
 
 
-def _divergences(rows: Sequence[Row]) -> Plot | None:
+def _divergences(rows: Sequence[ResultRow]) -> Plot | None:
     """Every attack on logits on every teacher, beside the student of the ground truth alone."""
     scores: dict[tuple[str, str, str], list[Accuracy]] = defaultdict(list)
     for row in _students(rows):
-        if row.cleanup == "none":
+        if _is_plain(row):
             scores[(row.model, row.defense, row.attack)].append(Accuracy(row.value, row.n))
     attacks = list(dict.fromkeys(a for _, _, a in scores if a not in _NO_LOGITS))
     if not attacks:
@@ -96,11 +100,11 @@ def _terms(number: int, label: str, heads: list[dict[str, Any]]) -> Plot | None:
     )
 
 
-def _inversion(rows: Sequence[Row]) -> Plot | None:
+def _inversion(rows: Sequence[ResultRow]) -> Plot | None:
     """Student accuracy against the clean logits that the thief holds beside defended ones."""
     curves: dict[tuple[str, str, str], dict[float, list[Accuracy]]] = defaultdict(dict)
     for row in _students(rows):
-        match = _PAIRS.match(row.cleanup)
+        match = _PAIRS.match(row.variant)
         if match:
             points = curves[(row.model, row.defense, row.attack)]
             points.setdefault(float(match[1]), []).append(Accuracy(row.value, row.n))
@@ -136,13 +140,13 @@ def _inversion(rows: Sequence[Row]) -> Plot | None:
     )
 
 
-def _information(rows: Sequence[Row]) -> Plot | None:
+def _information(rows: Sequence[ResultRow]) -> Plot | None:
     """I(X; Z | Y) of each teacher against what students of it reach."""
     known = {row.defense: row.value for row in rows if row.metric == "information"}
     points: dict[str, list[tuple[float, Any]]] = defaultdict(list)
     scores: dict[tuple[str, str], list[Accuracy]] = defaultdict(list)
     for row in _students(rows):
-        if row.defense in known and row.cleanup == "none" and row.attack not in _NO_LOGITS:
+        if row.defense in known and _is_plain(row) and row.attack not in _NO_LOGITS:
             scores[(row.attack, row.defense)].append(Accuracy(row.value, row.n))
     for (attack, defense), values in scores.items():
         points[attack].append((known[defense], mean_accuracy(values)))
@@ -174,14 +178,19 @@ def _information(rows: Sequence[Row]) -> Plot | None:
 _NO_LOGITS = {"none", "sft_only", "text_sft"}
 
 
-def _students(rows: Sequence[Row]) -> list[Row]:
+def _students(rows: Sequence[ResultRow]) -> list[ResultRow]:
     return [row for row in rows if row.role == "student" and row.metric == "accuracy"]
 
 
-def _level(rows: Sequence[Row], model: str, defense: str, attack: str) -> float | None:
+def _is_plain(row: ResultRow) -> bool:
+    """Whether an attack was used as it comes, without a variant or clean-ups."""
+    return row.variant == "none" and row.cleanup == "none"
+
+
+def _level(rows: Sequence[ResultRow], model: str, defense: str, attack: str) -> float | None:
     values = [
         row.value
         for row in _students(rows)
-        if (row.model, row.defense, row.attack, row.cleanup) == (model, defense, attack, "none")
+        if (row.model, row.defense, row.attack) == (model, defense, attack) and _is_plain(row)
     ]
     return sum(values) / len(values) if values else None

@@ -10,6 +10,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from azeotrope import models
 from azeotrope.config import Config, ConfigError, explain
+from azeotrope.defenses.base import strength_label
 from azeotrope.files import write_json
 from azeotrope.heads.export import TOLERANCE
 from azeotrope.tasks import TaskConfig
@@ -42,7 +43,7 @@ class Point(Config):
     @property
     def label(self) -> str:
         """Tells one defense at two strengths apart."""
-        return f"{self.defense} ({self.strength:g})"
+        return strength_label(self.defense, self.strength)
 
 
 def write_points(config: "ExperimentConfig", folder: Path, taught: "list[Taught]") -> None:

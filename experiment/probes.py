@@ -15,7 +15,8 @@ from azeotrope.heads.features import read_features
 from azeotrope.logits import subspace
 from azeotrope.logits.information import conditional_mutual_information
 from azeotrope.logits.vocabulary import token_rows
-from azeotrope.report.statistics import Row, wilson
+from azeotrope.report.intervals import wilson
+from azeotrope.report.rows import ResultRow
 from azeotrope.tasks import build as build_task
 from azeotrope.traces import read_traces
 from experiment.results import Taught
@@ -37,7 +38,7 @@ SPARE = 16
 class Probed:
     """Rows for the tables, and sentences for the reader."""
 
-    rows: list[Row]
+    rows: list[ResultRow]
     notes: list[str]
 
 
@@ -153,9 +154,9 @@ _RULES: dict[str, dict[str, Any]] = {
 
 def _row(
     task: str, victim: Taught | None, metric: str, data: dict[str, Any], seconds: float
-) -> Row:
+) -> ResultRow:
     value = data["value"]
-    return Row(
+    return ResultRow(
         role="teacher" if victim else "suspect",
         model="teacher",
         defense=victim.label if victim else "none",

@@ -6,10 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from azeotrope import __version__
+from transformers import PreTrainedTokenizerBase
+
+from azeotrope import __version__, models
+from azeotrope.attacks.cleanups import base as cleanups
 from azeotrope.files import write_json
+from azeotrope.report.completions import ScoredCompletion, repeats, summarise
 from azeotrope.report.page import write_report
-from azeotrope.report.statistics import Row, Scored, repeats, results_document, summarise
+from azeotrope.report.rows import ResultRow, results_document
 from azeotrope.traces import Trace, read_traces
 from experiment.plots import plots_of
 from experiment.settings import DefenseChoice, ExperimentConfig, StudentConfig
@@ -27,6 +31,7 @@ class Cell:
     defense: str
     strength: float
     attack: str
+    variant: str
     cleanup: str
     traces: int
     seed: int
@@ -68,82 +73,104 @@ def rows_of(
     base: dict[str, Stage],
     taught: list[Taught],
     students: dict[Cell, Stage],
-) -> list[Row]:
+) -> list[ResultRow]:
+    """The rows of all exams: of teachers, of base students, and of trained students."""
     task = read_traces(clean.greedy.path)[0].problem.split("/")[0]
-    rows: list[Row] = []
-    for item in (clean, *taught):
-        for stage, decoding in ((item.greedy, "greedy"), (item.sampled, config.sampling.label)):
-            shown = {
-                "role": "teacher",
-                "model": "teacher",
-                "defense": item.label,
-                "strength": item.strength,
-                "attack": "none",
-                "cleanup": "none",
-                "decoding": decoding,
-                "traces": 0,
-                "seed": 0,
-            }
-            rows += _measured(read_traces(stage.path), task, stage.seconds, shown)
+    tokenizer = models.load_tokenizer(config.teacher)
+    rows: list[ResultRow] = []
+    for teacher in (clean, *taught):
+        columns = {
+            "role": "teacher",
+            "model": "teacher",
+            "task": task,
+            "defense": teacher.label,
+            "strength": teacher.strength,
+            "settings": _defense_settings(teacher.choice),
+        }
+        exams = ((teacher.greedy, "greedy"), (teacher.sampled, config.sampling.label))
+        for stage, decoding in exams:
+            scored = score(read_traces(stage.path), tokenizer)
+            rows += _measured(scored, stage.seconds, {**columns, "decoding": decoding})
     for name, stage in base.items():
-        shown = _student_row(name, "none", 0.0, "none", "none", 0, 0)
-        rows += _measured(read_traces(stage.path), task, stage.seconds, shown)
+        columns = {"role": "student", "model": name, "task": task, "strength": 0.0}
+        rows += _measured(score(read_traces(stage.path)), stage.seconds, columns)
+    choices = {(teacher.label, teacher.strength): teacher.choice for teacher in taught}
     for cell, stage in sorted(students.items(), key=lambda pair: str(pair[0])):
-        shown = _student_row(
-            cell.student.name,
-            cell.defense,
-            cell.strength,
-            cell.attack,
-            cell.cleanup,
-            cell.traces,
-            cell.seed,
-        )
+        columns = {
+            "role": "student",
+            "model": cell.student.name,
+            "task": task,
+            "defense": cell.defense,
+            "strength": cell.strength,
+            "attack": cell.attack,
+            "variant": cell.variant,
+            "cleanup": cell.cleanup,
+            "settings": {
+                **_defense_settings(choices.get((cell.defense, cell.strength))),
+                **_attack_settings(config, cell),
+            },
+            "cost": describe(stage, "student.json").get("cost"),
+            "traces": cell.traces,
+            "seed": cell.seed,
+        }
         exam = read_traces(stage.path / "exam.parquet")
-        rows += _measured(exam, task, stage.seconds, shown)
+        rows += _measured(score(exam), stage.seconds, columns)
     return rows
 
 
-def _student_row(
-    model: str, defense: str, strength: float, attack: str, cleanup: str, traces: int, seed: int
-) -> dict[str, Any]:
-    return {
-        "role": "student",
-        "model": model,
-        "defense": defense,
-        "strength": strength,
-        "attack": attack,
-        "cleanup": cleanup,
-        "decoding": "greedy",
-        "traces": traces,
-        "seed": seed,
-    }
+def _defense_settings(choice: DefenseChoice | None) -> dict[str, Any]:
+    return {"defense": list(choice.parts)} if choice else {}
 
 
-def score(traces: list[Trace]) -> list[Scored]:
-    """What the statistics need to know of an exam."""
-    return [
-        Scored(
-            problem_id=trace.problem,
-            correct=trace.correct,
-            finished=trace.finished,
-            tokens=len(trace.completion_ids),
-            repeated=repeats(trace.completion_ids),
+def _attack_settings(config: ExperimentConfig, cell: Cell) -> dict[str, Any]:
+    """The settings of an attack and, if there are any, of its clean-ups."""
+    parts = cleanups.resolve(config.cleanup_called(cell.cleanup)).parts
+    cleaned = {"cleanup": [part.config.dump() for part in parts]} if parts else {}
+    return {"attack": config.attack_called(cell.attack, cell.variant), **cleaned}
+
+
+def score(
+    traces: list[Trace], tokenizer: PreTrainedTokenizerBase | None = None
+) -> list[ScoredCompletion]:
+    """What the statistics need to know of an exam.
+
+    Args:
+        tokenizer: counts the tokens of texts that a defense rewrote; such traces have no tokens of
+            their own.
+    """
+    scored = []
+    for trace in traces:
+        ids: Sequence[int] = trace.completion_ids
+        if not ids and trace.text and tokenizer is not None:
+            ids = tokenizer(trace.text, add_special_tokens=False)["input_ids"]  # type: ignore[assignment]
+            if trace.finished:
+                # As in generated completions, the end of the sequence counts as a token.
+                ids = [*ids, int(tokenizer.eos_token_id)]  # type: ignore[arg-type]
+        scored.append(
+            ScoredCompletion(
+                problem_id=trace.problem,
+                correct=trace.correct,
+                finished=trace.finished,
+                tokens=len(ids),
+                repeated=repeats(ids),
+            )
         )
-        for trace in traces
-    ]
+    return scored
 
 
-def _measured(traces: list[Trace], task: str, seconds: float, shown: dict[str, Any]) -> list[Row]:
+def _measured(
+    scored: list[ScoredCompletion], seconds: float, columns: dict[str, Any]
+) -> list[ResultRow]:
     return [
-        Row(task=task, metric=metric, value=value, n=n, ci95=ci95, seconds=seconds, **shown)
-        for metric, (value, n, ci95) in summarise(score(traces)).items()
+        ResultRow(metric=metric, value=value, n=n, ci95=ci95, seconds=seconds, **columns)
+        for metric, (value, n, ci95) in summarise(scored).items()
     ]
 
 
 def write_results(
     config: ExperimentConfig,
     folder: Path,
-    rows: list[Row],
+    rows: list[ResultRow],
     clean: Taught,
     taught: list[Taught],
     students: dict[Cell, Stage],
@@ -198,8 +225,10 @@ def _curves(taught: list[Taught], students: dict[Cell, Stage]) -> list[dict[str,
             label = f"{item.label} head, pass {number + 1}"
             curves.append(_curve(label, "head", log, 0))
     for cell, stage in sorted(students.items(), key=lambda pair: str(pair[0])):
-        what = f"{cell.student.name}: {cell.defense} {cell.attack} {cell.cleanup} n={cell.traces}"
-        curves.append(_curve(what, "student", describe(stage, "student.json")["log"], cell.seed))
+        # Only one of the two acts: variants belong to attacks that are not cleaned up.
+        changes = cell.variant if cell.cleanup == "none" else cell.cleanup
+        label = f"{cell.student.name}: {cell.defense} {cell.attack} {changes} n={cell.traces}"
+        curves.append(_curve(label, "student", describe(stage, "student.json")["log"], cell.seed))
     return curves
 
 

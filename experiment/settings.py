@@ -219,7 +219,7 @@ class ExperimentConfig(Config):
             raise ValueError(
                 f"two clean-ups have the same name: {', '.join(cleaned)}; give one a `label`"
             )
-        labels = [f"{choice.label} ({choice.strength:g})" for choice in self.defenses]
+        labels = [defenses.strength_label(c.label, c.strength) for c in self.defenses]
         if len(set(labels)) != len(labels):
             raise ValueError(
                 f"two defenses have the same name and strength: {', '.join(labels)}; "

@@ -22,8 +22,9 @@ from actors import session
 from azeotrope.config import ConfigError, build
 from azeotrope.files import write_json
 from azeotrope.report.figures import Plot, PlotLine
+from azeotrope.report.intervals import Accuracy, mean_accuracy
 from azeotrope.report.page import write_report
-from azeotrope.report.statistics import Accuracy, Row, mean_accuracy, read_document
+from azeotrope.report.rows import ResultRow, read_document
 from experiment.probes import BEGUN_METRIC
 from experiment.settings import DefenseChoice, ExperimentConfig, load
 from workflows.pipeline import run as run_pipeline
@@ -101,7 +102,7 @@ def _without_floor(choice: DefenseChoice) -> DefenseChoice:
     )
 
 
-def plot(rows: Sequence[Row], setting: str, values: Sequence[Any]) -> Plot:
+def plot(rows: Sequence[ResultRow], setting: str, values: Sequence[Any]) -> Plot:
     """Accuracy of the teacher and of every student against the setting."""
     setting = ALSO_CALLED.get(setting, setting)
     numbers = all(isinstance(value, int | float) for value in values)
@@ -137,13 +138,13 @@ def plot(rows: Sequence[Row], setting: str, values: Sequence[Any]) -> Plot:
     )
 
 
-def _measured(rows: Sequence[Row], tag: str) -> dict[str, list[Accuracy]]:
+def _measured(rows: Sequence[ResultRow], tag: str) -> dict[str, list[Accuracy]]:
     """Accuracies of one value's defense, or of its attacks, by what the plot calls them."""
     found: dict[str, list[Accuracy]] = {}
     for row in rows:
         if row.metric not in ("accuracy", BEGUN_METRIC):
             continue
-        of_defense, of_attack = row.defense.endswith(f",{tag}"), row.cleanup == tag
+        of_defense, of_attack = row.defense.endswith(f",{tag}"), row.variant == tag
         if row.role == "teacher" and of_defense:
             label = f"teacher, {row.decoding if row.metric == 'accuracy' else 'begun by others'}"
         elif row.role == "student" and (of_defense or of_attack):

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from actors import session
 from azeotrope.config import digest
-from azeotrope.report.statistics import wilson
+from azeotrope.report.intervals import wilson
 from azeotrope.traces import read_traces
 from experiment.display import Display
 from experiment.preflight import preflight

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from actors import session
-from azeotrope.report.statistics import summarise
+from azeotrope.report.completions import summarise
 from azeotrope.traces import read_traces
 from experiment.display import Display
 from experiment.preflight import preflight

@@ -27,7 +27,7 @@ from azeotrope.attacks import base as attacks
 from azeotrope.attacks.logits import LogitAttack
 from azeotrope.defenses.base import Defense
 from azeotrope.files import write_json
-from azeotrope.report.statistics import Row, read_document
+from azeotrope.report.rows import ResultRow, read_document
 from azeotrope.report.summary import plain_words
 from azeotrope.report.tables import result_table, teacher_table
 from experiment.display import Display
@@ -164,7 +164,7 @@ class _Lookup:
         """
         config, steps = self.config, self.steps
         what = cell.attack if cell.attack == "sft_only" else f"{cell.defense} {cell.attack}"
-        attack = attacks.resolve(dict(config.attack_called(cell.attack, cell.cleanup)))
+        attack = attacks.resolve(dict(config.attack_called(cell.attack, cell.variant)))
         if cell.attack == "sft_only" or not isinstance(attack, LogitAttack):
             source = self.truth if cell.attack == "sft_only" else self.victim.traces
             return steps.plan_student(
@@ -174,6 +174,7 @@ class _Lookup:
                 config.cleanup_called(cell.cleanup),
                 cell.seed,
                 what,
+                attack=attack.config.dump(),
             )
         source = self.truth if attack.config.contexts == "truth" else self.victim.traces
         # The trunk is the undefended teacher's whatever the head is.
@@ -187,7 +188,7 @@ class _Lookup:
             cell.traces,
             "none",
             cell.seed,
-            f"{what} {cell.cleanup}",
+            f"{what} {cell.variant}",
             attack=attack.config.dump(),
             asked=Asked(self.victim.checkpoint or config.teacher, features, snapshot),
         )
@@ -299,12 +300,13 @@ def _own_traces(
 
 
 def _baseline_cells(config: ExperimentConfig) -> Iterator[Cell]:
+    main = (str(config.attack["name"]), str(config.attack["variant"]))
     for seed, student in _each(config):
-        yield Cell(student, "none", 0.0, "sft_only", "none", config.traces, seed)
+        yield Cell(student, "none", 0.0, "sft_only", "none", "none", config.traces, seed)
         for traces in _budgets(config, seed):
-            yield Cell(student, "none", 0.0, config.attack["name"], "none", traces, seed)
+            yield Cell(student, "none", 0.0, *main, "none", traces, seed)
         for cleanup in config.cleanup_labels:
-            yield Cell(student, "none", 0.0, config.attack["name"], cleanup, config.traces, seed)
+            yield Cell(student, "none", 0.0, *main, cleanup, config.traces, seed)
         for attack in config.attacks:
             if attack["on_clean"]:
                 yield _further(config, student, "none", 0.0, attack, seed)
@@ -312,16 +314,14 @@ def _baseline_cells(config: ExperimentConfig) -> Iterator[Cell]:
 
 def _defended_cells(config: ExperimentConfig, choice: DefenseChoice, strength: float) -> list[Cell]:
     cells: list[Cell] = []
-    attack = str(config.attack["name"])
+    main = (str(config.attack["name"]), str(config.attack["variant"]))
     is_baseline = choice.control or all(part.is_baseline for part in choice.resolve())
     for seed, student in _each(config):
         # A yardstick gets no clean-ups, and there is nothing in a bare answer to clean.
         for traces in (config.traces,) if is_baseline else _budgets(config, seed):
-            cells.append(Cell(student, choice.label, strength, attack, "none", traces, seed))
+            cells.append(Cell(student, choice.label, strength, *main, "none", traces, seed))
         for cleanup in () if is_baseline else config.cleanup_labels:
-            cells.append(
-                Cell(student, choice.label, strength, attack, cleanup, config.traces, seed)
-            )
+            cells.append(Cell(student, choice.label, strength, *main, cleanup, config.traces, seed))
         if choice.changes_weights_alone:
             for other in config.attacks:
                 if not choice.control or other["variant"] == "none":
@@ -337,9 +337,9 @@ def _further(
     attack: dict[str, Any],
     seed: int,
 ) -> Cell:
-    """One of the further attacks; its variant stands where clean-ups do."""
-    variant = attack["variant"]
-    return Cell(student, defense, strength, attack["name"], variant, config.traces, seed)
+    """One of the further attacks, without clean-ups."""
+    name, variant = attack["name"], attack["variant"]
+    return Cell(student, defense, strength, name, variant, "none", config.traces, seed)
 
 
 def cells_of(config: ExperimentConfig) -> list[Cell]:
@@ -366,7 +366,9 @@ def wide_console() -> Console:
     return console if console.is_terminal else Console(width=WIDTH)
 
 
-def show(folder: Path, rows: list[Row], console: Console, *, notes: Sequence[str] = ()) -> None:
+def show(
+    folder: Path, rows: list[ResultRow], console: Console, *, notes: Sequence[str] = ()
+) -> None:
     """The closing table and where the report is."""
     learned, teachers = result_table(rows), teacher_table(rows)
     nobody = len(learned) == 1

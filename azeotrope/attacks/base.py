@@ -37,8 +37,8 @@ class AttackConfig(Config):
     variant: str = Field(
         default="none",
         pattern=r"^\S+$",
-        description="tells settings of one attack apart in result tables, where it stands in the "
-        "column of the clean-ups: `top_k=5`, `temperature=4`",
+        description="tells settings of one attack apart in result tables: `top_k=5`, "
+        "`temperature=4`",
     )
     on_clean: bool = Field(
         default=True, description="rob the undefended teacher in this way too, to compare"

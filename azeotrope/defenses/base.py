@@ -110,6 +110,11 @@ class Defense:
         return text
 
 
+def strength_label(name: str, strength: float | None) -> str:
+    """How tables, figures and `points.json` name a defense: `doge (0.1)`, or `none` alone."""
+    return name if strength is None or name == "none" else f"{name} ({strength:g})"
+
+
 def names() -> list[str]:
     """Every defense there is: the modules of this package, `base` aside."""
     found = pkgutil.iter_modules(azeotrope.defenses.__path__)

@@ -13,8 +13,11 @@ from matplotlib.ticker import NullFormatter, PercentFormatter, ScalarFormatter
 from pydantic import Field
 
 from azeotrope.config import Config
-from azeotrope.report.statistics import Accuracy, Estimate, Row, mean_accuracy
-from azeotrope.report.tables import Headline, Index, Line, bought, headline, times
+from azeotrope.report.headlines import Headline, bought, headline
+from azeotrope.report.intervals import Accuracy, Estimate, mean_accuracy
+from azeotrope.report.lines import Index, Line
+from azeotrope.report.rows import ResultRow
+from azeotrope.report.tables import times
 
 # Okabe and Ito's palette, which stays apart for colour-blind readers.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A5195")
@@ -108,7 +111,7 @@ def _plot_line(axes: Axes, line: PlotLine, colour: str, shift: float) -> None:
 
 
 def figures(
-    rows: Sequence[Row], curves: Sequence[LossCurve] = (), traces: int | None = None
+    rows: Sequence[ResultRow], curves: Sequence[LossCurve] = (), traces: int | None = None
 ) -> dict[str, Figure]:
     """The figures that the data allow, by file name without its ending."""
     index = Index(rows, traces)
@@ -126,7 +129,7 @@ def _utility_figure(found: Sequence[Headline]) -> Figure | None:
     points = [
         item
         for item in found
-        if item.line.cleanup == "none" and item.utility_kept.defined and item.gain_removed.defined
+        if item.is_naive and item.utility_kept.defined and item.gain_removed.defined
     ]
     if not points:
         return None
@@ -193,7 +196,7 @@ def _budget_figure(index: Index, found: Sequence[Headline]) -> Figure | None:
     lines = [
         line
         for line in index.lines()
-        if line.stolen and line.cleanup == "none" and len(bought(index.curves[line])) > 1
+        if line.stolen and index.is_naive(line) and len(bought(index.curves[line])) > 1
     ]
     if not lines:
         return None
@@ -250,17 +253,17 @@ def _bar_figure(index: Index) -> Figure | None:
     size = (7.2, (0.34 * most + 0.75) * len(panels) + 0.3)
     figure = Figure(figsize=size, layout="constrained")
     grid = figure.subplots(len(panels), 1, squeeze=False, sharex=True)[:, 0]
-    colours = _colours(line._replace(cleanup="none") for line in lines)
+    colours = _colours(index.origin(line) for line in lines)
     for axes, panel in zip(grid, panels, strict=True):
         inside = [line for line in lines if (line.task, line.model) == panel]
         for place, line in enumerate(inside):
             estimate = mean_accuracy(index.measured(line))
-            colour = colours[line._replace(cleanup="none").label] if line.stolen else GREY
+            colour = colours[index.origin(line).label] if line.stolen else GREY
             axes.barh(
                 place,
                 estimate.value,
                 color=colour,
-                alpha=0.85 if line.cleanup == "none" else 0.5,
+                alpha=0.85 if index.is_naive(line) else 0.5,
                 xerr=_arms(estimate, 0.0, 1.0),
                 error_kw={"elinewidth": 1.2, "capsize": 3},
             )

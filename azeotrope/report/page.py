@@ -11,11 +11,11 @@ from pydantic import ValidationError
 
 from azeotrope.config import C, Config, explain
 from azeotrope.report.figures import LossCurve, Plot, figures, plot_figure, save_pngs, svg
-from azeotrope.report.statistics import read_document
+from azeotrope.report.headlines import headline
+from azeotrope.report.rows import read_document
 from azeotrope.report.summary import plain_words
 from azeotrope.report.tables import (
     degeneracy_table,
-    headline,
     other_table,
     percent,
     result_table,

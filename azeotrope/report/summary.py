@@ -2,37 +2,60 @@
 
 from collections.abc import Mapping, Sequence
 
-from azeotrope.report.statistics import Accuracy, Estimate, Row, utility_kept
-from azeotrope.report.tables import (
-    BASELINE,
-    CERTAIN,
-    Headline,
-    Line,
-    defense_cell,
-    headline,
-    percent,
-    teacher_rows,
-    times,
-)
+from azeotrope.report.headlines import CERTAIN, BestAttack, Headline, best_attacks, headline
+from azeotrope.report.intervals import Accuracy, Estimate, utility_kept
+from azeotrope.report.lines import BASELINE, Line
+from azeotrope.report.rows import ResultRow
+from azeotrope.report.tables import defense_cell, percent, teacher_rows, times
 
 
-def _teacher_words(rows: Sequence[Row]) -> list[str]:
+def plain_words(rows: Sequence[ResultRow], traces: int | None = None) -> list[str]:
+    """The findings in sentences: the best attack on every defense first, then the details.
+
+    A run without students says nothing about attackers, so the teacher is described instead.
+    """
+    if not any(row.role == "student" for row in rows):
+        return _teacher_words(rows)
+    headlines = headline(rows, traces)
+    by_line = {item.line: item for item in headlines}
+    sentences = [_best_words(item) for item in best_attacks(headlines)]
+    for item in headlines:
+        if item.is_naive:
+            adaptive = [change for change in headlines if _adapts(change, item)]
+            sentences.append(_words(item, _baseline(by_line, item.line), adaptive))
+    return [sentence for sentence in sentences if sentence]
+
+
+def _best_words(attack: BestAttack) -> str:
+    """The attacker's best result; empty if only one attack was tried."""
+    best, naive = attack.best, attack.naive
+    if naive is None or best is naive:
+        return ""
+    return (
+        f"Best attack on {best.line.defense_label}, student {best.line.model}: "
+        f"{best.line.attack_label}, accuracy {percent(best.student)}, "
+        f"gain removed {percent(best.gain_removed)}; the naive attack {naive.line.attack_label} "
+        f"reaches {percent(naive.student)}, gain removed {percent(naive.gain_removed)}."
+    )
+
+
+def _teacher_words(rows: Sequence[ResultRow]) -> list[str]:
     """What a run without students shows, and what it cannot show."""
     teachers = teacher_rows(rows)
     if not teachers:
         return []
     clean = {(row.task, row.decoding): row for row in teachers if row.defense == "none"}
     sentences = [
-        "No student was trained in this run, so it does not show what a defense takes from a "
-        "thief; it shows what the teacher itself can still do."
+        "No student was trained in this run, so it does not show what a defense takes from an "
+        "attacker; it shows what the teacher itself can still do."
     ]
     for row in teachers:
-        right = f"{round(row.value * row.n)} of {row.n} problems"
-        shown = f"{row.decoding}: {right}, {percent(Estimate(row.value, *row.ci95))}"
+        correct = f"{round(row.value * row.n)} of {row.n} problems"
+        result = f"{row.decoding}: {correct}, {percent(Estimate(row.value, *row.ci95))}"
         if row.defense == "none":
-            sentences.append(f"The undefended teacher solves, {shown}.")
+            sentences.append(f"The undefended teacher solves, {result}.")
             continue
-        words = f"With {defense_cell(row)} it solves, {shown}."
+        words = f"With {defense_cell(row)} it solves, {result}."
         if row.strength == 0:
             words += " At strength 0 it is the undefended teacher."
         before = clean.get((row.task, row.decoding))
@@ -42,73 +65,65 @@ def _teacher_words(rows: Sequence[Row]) -> list[str]:
     return sentences
 
 
-def _kept_words(clean: Row, defended: Row) -> str:
+def _kept_words(clean: ResultRow, defended: ResultRow) -> str:
     kept = utility_kept([Accuracy(clean.value, clean.n)], [Accuracy(defended.value, defended.n)])
     if not kept.defined:
-        return "The undefended one solves none, so what was kept cannot be said."
+        return "The undefended one solves none, so the utility kept is undefined."
     return _utility_words(kept)
 
 
-def plain_words(rows: Sequence[Row], traces: int | None = None) -> list[str]:
-    """What was found, a few sentences for each student and defense.
-
-    Without a student there is nothing to say of thieves, so the teacher is described instead.
-    """
-    if not any(row.role == "student" for row in rows):
-        return _teacher_words(rows)
-    found = headline(rows, traces)
-    by_line = {item.line: item for item in found}
-    sentences = []
-    for item in found:
-        if item.line.cleanup == "none":
-            baseline = _baseline(by_line, item.line)
-            cleaned = [other for other in found if _cleans(other.line, item.line)]
-            sentences.append(_words(item, baseline, cleaned))
-    return sentences
-
-
-def _baseline(found: Mapping[Line, Headline], line: Line) -> Headline | None:
+def _baseline(headlines: Mapping[Line, Headline], line: Line) -> Headline | None:
+    """The same attack on the teacher that hides its reasoning."""
     if line.defense == BASELINE:
         return None
-    for other, item in found.items():
-        if other._replace(strength=None) == line._replace(defense=BASELINE, strength=None):
+    wanted = line._replace(defense=BASELINE, strength=None)
+    for candidate, item in headlines.items():
+        if candidate._replace(strength=None) == wanted:
             return item
     return None
 
 
-def _cleans(line: Line, original: Line) -> bool:
-    return line.cleanup != "none" and line._replace(cleanup="none") == original
+def _adapts(item: Headline, naive: Headline) -> bool:
+    """Whether an attack is the naive one with a variant or clean-ups."""
+    naive_line = naive.line
+    same = item.line._replace(variant=naive_line.variant, cleanup=naive_line.cleanup) == naive_line
+    return not item.is_naive and same
 
 
-def _words(item: Headline, baseline: Headline | None, cleaned: Sequence[Headline]) -> str:
+def _words(item: Headline, baseline: Headline | None, adaptive: Sequence[Headline]) -> str:
     line = item.line
     opening = f"Student {line.model}, {line.label}, {item.traces} traces: "
     sentences = [f"{opening}{_effect_words(item)}"]
     if baseline is not None:
         sentences.append(_baseline_words(item, baseline))
     sentences.append(_sft_words(item))
-    for other in cleaned:
-        removed = _effect(other.gain_removed)
-        what = "After the clean-up" if item.line.attack == "text_sft" else "With"
-        sentences.append(f"{what} {other.line.cleanup}: {removed}.")
+    sentences += [f"{_change_words(x.line)}: {_effect(x.gain_removed)}." for x in adaptive]
     sentences.append(_utility_words(item.utility_kept))
     if item.price_multiplier.defined:
         price = times(item.price_multiplier).replace(" times", " times as many traces")
-        sentences.append(f"For the same accuracy a thief needs {price}.")
+        sentences.append(f"For the same accuracy an attacker needs {price}.")
     return " ".join(sentence for sentence in sentences if sentence)
 
 
+def _change_words(line: Line) -> str:
+    """How an adaptive attack differs from the naive one."""
+    cleanup = "" if line.cleanup == "none" else f"after the clean-up {line.cleanup}"
+    variant = "" if line.variant == "none" else f"with {line.variant}"
+    words = " and ".join(part for part in (variant, cleanup) if part)
+    return words[0].upper() + words[1:]
+
+
 def _sft_words(item: Headline) -> str:
-    """Whether it was worth asking the teacher at all."""
-    alone, student = item.sft_student, item.student
-    if not alone.defined or not student.defined:
+    """Whether querying the teacher gave more than the ground truth does."""
+    truth, student = item.sft_student, item.student
+    if not truth.defined or not student.defined:
         return ""
-    shown = f"{percent(student)} against {percent(alone)}"
-    if student.overlaps(alone):
-        return f"The thief ends where the ground truth alone would have brought him ({shown})."
-    if student.value < alone.value:
-        return f"The thief ends below what the ground truth alone gives ({shown})."
-    return f"The thief still ends above what the ground truth alone gives ({shown})."
+    numbers = f"{percent(student)} against {percent(truth)}"
+    if student.overlaps(truth):
+        return f"The attacker's student is as good as with ground truth alone ({numbers})."
+    if student.value < truth.value:
+        return f"The attacker's student is worse than with ground truth alone ({numbers})."
+    return f"The attacker's student is still better than with ground truth alone ({numbers})."
 
 
 def _effect_words(item: Headline) -> str:
@@ -122,14 +137,14 @@ def _effect_words(item: Headline) -> str:
 def _effect(removed: Estimate) -> str:
     if not removed.defined:
         return "the gain removed is unknown"
-    shown = percent(removed)
+    gain = percent(removed)
     if removed.lo <= 0 <= removed.hi:
-        return f"no effect that can be told from chance (gain removed {shown})"
+        return f"no effect that can be told from chance (gain removed {gain})"
     if removed.hi < 0:
-        return f"it helped the thief (gain removed {shown})"
+        return f"it helped the attacker (gain removed {gain})"
     if removed.lo > 1:
-        return f"the student ended below where it started (gain removed {shown})"
-    return f"the defense removed {shown} of the gain"
+        return f"the student ended below where it started (gain removed {gain})"
+    return f"the defense removed {gain} of the gain"
 
 
 def _utility_words(kept: Estimate) -> str:
@@ -144,11 +159,11 @@ def _utility_words(kept: Estimate) -> str:
 
 
 def _baseline_words(item: Headline, baseline: Headline) -> str:
-    mine, other = item.gain_removed, baseline.gain_removed
-    if not mine.defined or not other.defined:
+    own, reference = item.gain_removed, baseline.gain_removed
+    if not own.defined or not reference.defined:
         return ""
-    if mine.overlaps(other):
+    if own.overlaps(reference):
         verdict = f"no clear difference from {BASELINE}"
     else:
-        verdict = f"{'more' if mine.value > other.value else 'less'} than {BASELINE}"
-    return f"That is {verdict}, which removes {percent(other)}."
+        verdict = f"{'more' if own.value > reference.value else 'less'} than {BASELINE}"
+    return f"That is {verdict}, which removes {percent(reference)}."

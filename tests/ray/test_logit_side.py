@@ -69,8 +69,8 @@ def described(folder: Path, kind: str, file: str) -> list[dict[str, Any]]:
 
 def test_the_rows_are_the_promised_ones(first: tuple[dict[str, Any], str]) -> None:
     rows = first[0]["rows"]
-    shown = ("role", "model", "defense", "attack", "cleanup", "decoding")
-    accuracy = [tuple(row[key] for key in shown) for row in rows if row["metric"] == "accuracy"]
+    columns = ("role", "model", "defense", "attack", "variant", "decoding")
+    accuracy = [tuple(row[key] for key in columns) for row in rows if row["metric"] == "accuracy"]
     assert len(set(accuracy)) == len(accuracy)
     teachers = {
         ("teacher", "teacher", defense, "none", "none", decoding)
@@ -78,8 +78,8 @@ def test_the_rows_are_the_promised_ones(first: tuple[dict[str, Any], str]) -> No
         for decoding in ("greedy", "sampled@1")
     }
     students = {
-        ("student", "small", defense, attack, cleanup, "greedy")
-        for defense, attack, cleanup in (
+        ("student", "small", defense, attack, variant, "greedy")
+        for defense, attack, variant in (
             ("none", "none", "none"),
             ("none", "sft_only", "none"),
             ("none", "text_sft", "none"),

@@ -5,15 +5,16 @@ from typing import Any
 import pytest
 
 from azeotrope.report.figures import Plot, PlotLine, plot_figure
-from azeotrope.report.statistics import Accuracy, Row, mean_accuracy
+from azeotrope.report.intervals import Accuracy, mean_accuracy
+from azeotrope.report.rows import ResultRow
 from experiment.plots import plots_of
 
 
 def student(
     value: float, defense: str = "none", attack: str = "forward_kl", cleanup: str = "none",
     **more: Any,
-) -> Row:  # fmt: skip
-    return Row(
+) -> ResultRow:  # fmt: skip
+    return ResultRow(
         **{
             "role": "student", "model": "small", "task": "pocket", "metric": "accuracy",
             "defense": defense, "strength": 0.0 if defense == "none" else 0.1, "attack": attack,
@@ -22,11 +23,11 @@ def student(
     )  # fmt: skip
 
 
-def information(value: float, defense: str) -> Row:
+def information(value: float, defense: str) -> ResultRow:
     return student(value, defense, "none", role="teacher", model="teacher", metric="information")
 
 
-def named(rows: list[Row], heads: list[Any] = []) -> dict[str, Plot]:  # noqa: B006
+def named(rows: list[ResultRow], heads: list[Any] = []) -> dict[str, Plot]:  # noqa: B006
     found = plots_of(rows, heads)
     assert len({plot.name for plot in found}) == len(found)
     for plot in found:
@@ -90,7 +91,7 @@ def test_divergences_stand_beside_each_other() -> None:
     rows = [
         student(0.50, seed=0), student(0.54, seed=1), student(0.30, "cmi"),
         student(0.60, attack="reverse_kl"),
-        student(0.90, cleanup="top_k=5"), student(0.45, attack="sft_only"),
+        student(0.90, variant="top_k=5"), student(0.45, attack="sft_only"),
         student(0.70, attack="text_sft"), student(0.99, metric="repeated"),
     ]  # fmt: skip
     plot = named(rows)["divergences"]
@@ -121,11 +122,11 @@ def test_two_students_are_named() -> None:
 
 def test_pairs_undo_the_matrix_step_by_step() -> None:
     rows = [
-        student(0.70), student(0.30, "cmi"), student(0.40, "cmi", cleanup="pairs=16"),
-        student(0.35, "cmi", cleanup="pairs=8", seed=0),
-        student(0.37, "cmi", cleanup="pairs=8", seed=1),
-        student(0.68, "cmi", cleanup="pairs=256"), student(0.10, "cmi", cleanup="pairs=x"),
-        student(0.65, "cmi", cleanup="top_k=5"),
+        student(0.70), student(0.30, "cmi"), student(0.40, "cmi", variant="pairs=16"),
+        student(0.35, "cmi", variant="pairs=8", seed=0),
+        student(0.37, "cmi", variant="pairs=8", seed=1),
+        student(0.68, "cmi", variant="pairs=256"), student(0.10, "cmi", variant="pairs=x"),
+        student(0.65, "cmi", variant="top_k=5"),
     ]  # fmt: skip
     plot = named(rows)["inversion"]
     undone = line(plot, "small: cmi, forward_kl, matrix undone")
@@ -138,14 +139,14 @@ def test_pairs_undo_the_matrix_step_by_step() -> None:
 
 
 def test_without_pairs_there_is_no_inversion() -> None:
-    assert "inversion" not in named([student(0.7), student(0.3, "cmi", cleanup="top_k=5")])
+    assert "inversion" not in named([student(0.7), student(0.3, "cmi", variant="top_k=5")])
 
 
 def test_information_meets_accuracy_teacher_by_teacher() -> None:
     rows = [
         information(0.9, "none"), information(0.4, "cmi"), information(0.6, "style"),
         student(0.7), student(0.3, "cmi"), student(0.5, "style"),
-        student(0.6, "cmi", "reverse_kl"), student(0.1, "cmi", cleanup="pairs=8"),
+        student(0.6, "cmi", "reverse_kl"), student(0.1, "cmi", variant="pairs=8"),
         student(0.2, "cmi", "text_sft"), student(0.2, attack="sft_only"),
         student(0.8, "doge"),
     ]  # fmt: skip

@@ -17,8 +17,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 from azeotrope import models
 from azeotrope.config import ConfigError
 from azeotrope.pocket import smollm2
+from azeotrope.report.intervals import wilson
 from azeotrope.report.page import write_report
-from azeotrope.report.statistics import Row, results_document, wilson
+from azeotrope.report.rows import ResultRow, results_document
 from azeotrope.report.summary import plain_words
 from azeotrope.report.tables import result_table, teacher_table
 from azeotrope.tasks import Gsm8kConfig, JsonlConfig, PocketConfig, build
@@ -260,10 +261,10 @@ def test_an_experiment_may_have_no_students() -> None:
     )
 
 
-def teacher_row(correct: int, n: int = 24, **fields: object) -> Row:
+def teacher_row(correct: int, n: int = 24, **fields: object) -> ResultRow:
     measured = {"metric": "accuracy", "value": correct / n, "n": n, "ci95": wilson(correct, n)}
     named = {"role": "teacher", "model": "teacher", "task": "gsm8k"}
-    return Row.model_validate(named | measured | fields)
+    return ResultRow.model_validate(named | measured | fields)
 
 
 def test_a_report_without_students_says_what_it_does_not_show(tmp_path: Path) -> None:
@@ -276,7 +277,7 @@ def test_a_report_without_students_says_what_it_does_not_show(tmp_path: Path) ->
     assert len(result_table(rows)) == 1
     assert [line[1] for line in teacher_table(rows)[1:]] == ["none", "none"] + ["doge (0.3)"] * 2
     words = plain_words(rows)
-    assert "does not show what a defense takes from a thief" in words[0]
+    assert "does not show what a defense takes from an attacker" in words[0]
     assert words[1].startswith("The undefended teacher solves, greedy: 2 of 24 problems")
     assert "The teacher kept 50.0 %" in words[3]
     assert words[4].endswith("The undefended one solves none, so what was kept cannot be said.")

@@ -6,19 +6,23 @@ from pathlib import Path
 
 import pytest
 
+from azeotrope.report.headlines import headline
+from azeotrope.report.intervals import wilson
 from azeotrope.report.page import word_changes, write_report
-from azeotrope.report.statistics import Row, results_document, wilson
+from azeotrope.report.rows import ResultRow, results_document
 from azeotrope.report.summary import plain_words
-from azeotrope.report.tables import headline, percent, result_table, times
+from azeotrope.report.tables import percent, result_table, times
 
 
-def accuracy(role: str, correct: int, n: int = 400, **fields: object) -> Row:
+def accuracy(role: str, correct: int, n: int = 400, **fields: object) -> ResultRow:
     named = {"role": role, "model": "teacher" if role == "teacher" else "small", "task": "pocket"}
     measured = {"metric": "accuracy", "value": correct / n, "n": n, "ci95": wilson(correct, n)}
-    return Row.model_validate(named | measured | fields)
+    return ResultRow.model_validate(named | measured | fields)
 
 
-def study(doge: int, *, budgets: tuple[int, ...] = (512,), doge_teacher: int = 360) -> list[Row]:
+def study(
+    doge: int, *, budgets: tuple[int, ...] = (512,), doge_teacher: int = 360
+) -> list[ResultRow]:
     """Base 40, clean 240 and answers_only 140 of 400; each with two seeds."""
     rows = [
         accuracy("teacher", 360),
@@ -43,11 +47,11 @@ def study(doge: int, *, budgets: tuple[int, ...] = (512,), doge_teacher: int = 3
     return rows
 
 
-def words_on(rows: list[Row], defense: str) -> str:
+def words_on(rows: list[ResultRow], defense: str) -> str:
     return next(words for words in plain_words(rows) if f", {defense}," in words)
 
 
-def page_of(folder: Path, rows: list[Row], **run: object) -> str:
+def page_of(folder: Path, rows: list[ResultRow], **run: object) -> str:
     document = results_document({"name": "demo"} | run, rows)
     (folder / "results.json").write_text(json.dumps(document))
     return write_report(folder).read_text()
@@ -106,9 +110,9 @@ def test_words_for_no_effect() -> None:
     assert "The teacher kept 100.0 %" in words
 
 
-def test_words_for_a_defense_that_helps_the_thief() -> None:
+def test_words_for_a_defense_that_helps_the_attacker() -> None:
     words = words_on(study(320), "doge")
-    assert "it helped the thief" in words
+    assert "it helped the attacker" in words
     assert "no effect" not in words
 
 

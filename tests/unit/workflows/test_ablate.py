@@ -8,7 +8,8 @@ import yaml
 
 from azeotrope.config import ConfigError
 from azeotrope.report.figures import PlotLine, plot_figure
-from azeotrope.report.statistics import Accuracy, Row, mean_accuracy
+from azeotrope.report.intervals import Accuracy, mean_accuracy
+from azeotrope.report.rows import ResultRow
 from experiment import settings
 from experiment.preflight import preflight
 from experiment.probes import BEGUN_METRIC
@@ -77,7 +78,7 @@ def test_a_setting_of_the_attacks_makes_each_attack_once_a_value(
     assert [choice.label for choice in config.defenses] == ["cmi"]
     assert config.name == f"pocket_logits-{key}"
     preflight(config)
-    cells = [(cell.defense, cell.attack, cell.cleanup) for cell in cells_of(config)]
+    cells = [(cell.defense, cell.attack, cell.variant) for cell in cells_of(config)]
     for defense in ("none", "cmi"):
         for name, variant, _ in found:
             assert cells.count((defense, name, variant)) == len(config.seeds)
@@ -106,8 +107,8 @@ def test_what_cannot_be_varied_is_refused_before_it_runs(
         preflight(varied(setting, values, f"cache={tmp_path}", *overrides))
 
 
-def row(value: float, **more: Any) -> Row:
-    return Row(
+def row(value: float, **more: Any) -> ResultRow:
+    return ResultRow(
         **{
             "role": "student", "model": "small", "task": "pocket", "metric": "accuracy",
             "defense": "none", "strength": 0.1, "attack": "forward_kl", "cleanup": "none",
@@ -157,7 +158,7 @@ def test_words_stand_beside_each_other_in_the_order_given() -> None:
 @pytest.mark.parametrize("setting", ["temperature", "tau"])
 def test_an_attacks_values_are_drawn_for_every_teacher(setting: str) -> None:
     rows = [
-        row(value, defense=defense, cleanup=f"temperature={tau}")
+        row(value, defense=defense, variant=f"temperature={tau}")
         for defense, tau, value in (
             ("none", 1, 0.7), ("none", 4, 0.8), ("cmi", 1, 0.2), ("cmi", 4, 0.3),
         )
