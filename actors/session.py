@@ -3,6 +3,9 @@
 import logging
 import os
 import stat
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import ray
@@ -23,6 +26,7 @@ _QUIET = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "TOKENIZERS_PARALLELISM": "false",
 }
+_ANNOUNCEMENT = b"Set ray log level from environment variable RAY_BACKEND_LOG_LEVEL"
 _WORKER_ENV = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
 # A machine of one's own is never taken away, and each of Train's companions is one more process.
 _LOCAL = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
@@ -55,17 +59,18 @@ def start(resources: Resources, *, offline: bool) -> None:
     last: Exception | None = None
     for _ in range(ATTEMPTS):
         try:
-            if address:
-                ray.init(address, runtime_env={"env_vars": env}, log_to_driver=False)
-            else:
-                # Children inherit the environment; a runtime_env would start every one anew.
-                os.environ.update(_LOCAL | env)
-                ray.init(
-                    num_cpus=int(resources.num_cpus) if resources.num_cpus else None,
-                    include_dashboard=False,
-                    log_to_driver=False,
-                    logging_level=logging.ERROR,
-                )
+            with _announcement_hidden():
+                if address:
+                    ray.init(address, runtime_env={"env_vars": env}, log_to_driver=False)
+                else:
+                    # Children inherit the environment; a runtime_env would start every one anew.
+                    os.environ.update(_LOCAL | env)
+                    ray.init(
+                        num_cpus=int(resources.num_cpus) if resources.num_cpus else None,
+                        include_dashboard=False,
+                        log_to_driver=False,
+                        logging_level=logging.ERROR,
+                    )
             _tighten_token()
             _silence()
             return
@@ -82,6 +87,27 @@ def start(resources: Resources, *, offline: bool) -> None:
 def stop() -> None:
     if ray.is_initialized():
         ray.shutdown()
+
+
+@contextmanager
+def _announcement_hidden() -> Iterator[None]:
+    """Drop the line in which Ray's core announces the log level that `_QUIET` sets.
+
+    The core writes it to file descriptor 2 before its logging is configured, so no logger and no
+    variable can silence it. Everything else is passed on afterwards.
+    """
+    with tempfile.TemporaryFile() as captured:
+        terminal = os.dup(2)
+        os.dup2(captured.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(terminal, 2)
+            captured.seek(0)
+            for line in captured:
+                if _ANNOUNCEMENT not in line:
+                    os.write(2, line)
+            os.close(terminal)
 
 
 def _tighten_token() -> None:
