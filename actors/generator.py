@@ -1,8 +1,8 @@
 """Generation workers: each answers one shard of problems at a time and writes one trace file.
 
-A shard is the unit of work and of recovery. Its rows, seeds and batch never change, so a shard
-that is made twice (a worker died, a run was killed) is the same file, and rows are neither lost
-nor doubled.
+A shard is the unit of work and of recovery. Its rows, seeds and batch never change. So a shard that
+is made twice, because a worker died or a run was killed, is the same file, and rows are neither
+lost nor doubled.
 """
 
 import json
@@ -15,7 +15,8 @@ import torch
 from pydantic import Field
 
 from actors.threads import use_one_thread_on_cpu
-from azeotrope import collect, models
+from azeotrope import models
+from azeotrope.collect import Origin, collect
 from azeotrope.config import Config
 from azeotrope.defenses import base as defenses
 from azeotrope.generation import Sampling
@@ -63,15 +64,12 @@ def run(job: GenerationJob) -> int:
             logits = defense.adjust_logits(logits, prefixes)
         return logits
 
-    traces = collect.collect(
+    traces = collect(
         _model(job.model),
         task,
         problems,
         job.sampling,
-        seed=job.seed,
-        sample=job.sample,
-        model=job.label,
-        defense=job.defense,
+        origin=Origin(job.seed, job.sample, job.label, job.defense),
         adjust_logits=adjust if active else None,
     )
     write_traces(Path(job.output), traces)

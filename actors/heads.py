@@ -156,11 +156,8 @@ def _measure(loaded: models.Loaded, job: HeadJob) -> Utility:
     rates: list[float] = []
     for temperature in (0.0, floor.temperature):
         sampling = Sampling(temperature=temperature, max_new_tokens=job.max_new_tokens)
-        right = 0
-        for start in range(0, len(problems), job.shard):
-            traces = collect(loaded, task, problems[start : start + job.shard], sampling)
-            right += sum(trace.correct for trace in traces)
-        rates.append(right / len(problems))
+        traces = collect(loaded, task, problems, sampling, shard=job.shard)
+        rates.append(sum(trace.correct for trace in traces) / len(problems))
     if floor.begun is None:
         return Utility(*rates)
     truth = [trace for trace in ground_truth(task, problems) if trace.correct]

@@ -1,4 +1,4 @@
-"""The proxy actor: a frozen surrogate student that reads the teacher's tokens."""
+"""The proxy actor: a frozen model in place of an unknown student, run on the teacher's traces."""
 
 import json
 from dataclasses import replace
@@ -15,7 +15,7 @@ from azeotrope.logits.vocabulary import share
 
 
 class ProxyActor:
-    """Computes one proxy's hidden states on the teacher's traces, tokens matched by string."""
+    """Computes one proxy's hidden states on the teacher's traces; tokens are matched by string."""
 
     def __init__(self, model: str, teacher: str, index: int) -> None:
         use_one_thread_on_cpu()
@@ -32,12 +32,12 @@ class ProxyActor:
             if not output.is_file():
                 examples, own = read_examples(job, self.teacher)
                 block = None if job.layer is None else first_block(self.loaded.model, job.layer)
-                found = compute(
+                features = compute(
                     self.loaded.model,
                     examples,
                     to_model=self.shared.to_proxy,
                     before_block=block,
                     own=own,
                 )
-                write_features(output, found)
+                write_features(output, features)
         return batch

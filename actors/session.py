@@ -11,6 +11,7 @@ from pathlib import Path
 import ray
 
 from actors.resources import Resources
+from azeotrope.environment import variable
 from azeotrope.tasks import gsm8k
 
 logger = logging.getLogger(__name__)
@@ -53,7 +54,7 @@ def start(resources: Resources, *, offline: bool) -> None:
     root = str(Path(__file__).resolve().parent.parent)
     # A cluster that runs already has the environment it was started in, not this one.
     data = gsm8k.data_folder()
-    env |= {gsm8k.DATA: str(data.resolve())} if data is not None else {}
+    env |= {variable("data"): str(data.resolve())} if data is not None else {}
     env["PYTHONPATH"] = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH")) if p)
     address = os.environ.get("RAY_ADDRESS")
     last: Exception | None = None

@@ -1,7 +1,7 @@
-"""What a Ray Train worker does to train a student on stolen traces, and to examine it."""
+"""What a Ray Train worker does: train a student on an attacker's traces, and examine it."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,21 +12,18 @@ from pydantic import Field
 from azeotrope import models
 from azeotrope.attacks import base as attacks
 from azeotrope.attacks.cleanups import base as cleanups
-from azeotrope.attacks.cleanups.base import AttackerAssets, CleanupSpec
+from azeotrope.attacks.cleanups.base import AttackerAssets, CleanedTraces, CleanupSpec
 from azeotrope.attacks.logits import LogitAttack, TeacherHead
-from azeotrope.collect import collect
+from azeotrope.collect import SHARD, Origin, collect
 from azeotrope.config import Config
 from azeotrope.files import write_json
 from azeotrope.generation import Sampling
 from azeotrope.heads.features import read_features
 from azeotrope.tasks import TaskConfig
 from azeotrope.tasks import build as build_task
-from azeotrope.tasks.base import Problem
 from azeotrope.tokens import Boundary
-from azeotrope.traces import Trace, read_traces, write_traces
+from azeotrope.traces import read_traces, write_traces
 from azeotrope.training import fit
-
-EXAM_BATCH = 250
 
 
 class Lora(Config):
@@ -38,7 +35,7 @@ class Lora(Config):
 
 
 class StudentJob(Config):
-    """Everything that decides a trained student and its exam."""
+    """Everything that a trained student and its exam depend on."""
 
     model: str
     name: str
@@ -55,13 +52,13 @@ class StudentJob(Config):
     save_weights: bool = True
     exam_split: str = "test"
     teacher: str | None = Field(
-        default=None, description="whose logits are given, for attacks that see them"
+        default=None, description="checkpoint whose logits are observed, for attacks that see them"
     )
     features: str | None = Field(
-        default=None, description="that teacher's hidden states on the stolen texts"
+        default=None, description="folder of that teacher's hidden states on the traces"
     )
     snapshot: str | None = Field(
-        default=None, description="an undefended teacher of which the thief has some logits"
+        default=None, description="undefended checkpoint, some of whose logits the attacker has"
     )
 
 
@@ -73,26 +70,25 @@ def run(
     rank: int,
     progress: Callable[[int, int], None],
 ) -> None:
-    """Train, write the exam's traces, the weights if asked, and last of all `student.json`."""
+    """Train, write the exam's traces and the weights, and last of all `student.json`.
+
+    Args:
+        data: a `StudentJob` as plain data.
+        folder: where the results are written.
+        state: where an interrupted training is resumed from.
+        rank: of this worker; only the first one writes results.
+        progress: called with the steps done and the steps in all.
+
+    Raises:
+        ValueError: if no trace is left, or the job does not fit its attack.
+        ArithmeticError: if the loss or a gradient is not finite.
+    """
     started = time.perf_counter()
     job = StudentJob.model_validate(data)
     task = build_task(job.task)
     attack = attacks.resolve(job.attack)
-    # What is trained is float32 everywhere: steps are smaller than what bfloat16 tells apart.
-    student = models.load(job.model, dtype=torch.float32 if job.lora is None else None)
-    if job.lora is not None:
-        student = models.attach_lora(student, job.lora.rank, job.lora.alpha, job.lora.dropout)
-        for parameter in student.model.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.float()
-    stolen = read_traces(Path(job.traces))[: job.take]
-    cleanup = cleanups.resolve(job.cleanup)
-    cleaned = cleanup.clean(stolen, job.boundary, AttackerAssets(base_student=job.model))
-    if not cleaned.traces:
-        raise ValueError(
-            f"clean-up {cleanup.label!r} left none of {len(stolen)} traces; there is nothing to "
-            "learn from"
-        )
+    student = _untrained(job)
+    cleaned = _cleaned(job)
     if isinstance(attack, LogitAttack):
         attack.attach(_teacher_head(job, attack, student.device), student)
     config = attack.config.fit.model_copy(update={"seed": job.seed})
@@ -100,7 +96,7 @@ def run(
     result = fit(
         [parameter for parameter in student.model.parameters() if parameter.requires_grad],
         attack.examples(student, cleaned.traces, task, job.boundary),
-        lambda items: attack.loss(student, items),
+        lambda examples: attack.loss(student, examples),
         config,
         checkpoint=state,
         on_step=lambda entry: progress(entry.step, config.steps),
@@ -112,7 +108,7 @@ def run(
     if job.lora is not None:
         student = models.merge_lora(student)
     problems = task.problems(job.exam_split, job.exam_problems)
-    exam = examine(student, task, problems, job.exam, job.name)
+    exam = collect(student, task, problems, job.exam, origin=Origin(model=job.name), shard=SHARD)
     write_traces(folder / "exam.parquet", exam)
     if job.save_weights:
         models.save(student, folder / "student")
@@ -127,36 +123,53 @@ def run(
     write_json(folder / "student.json", described)
 
 
+def _untrained(job: StudentJob) -> models.Loaded:
+    """The student before training; all that will be trained is in float32.
+
+    A step of training is often smaller than the difference of two neighbouring bfloat16 numbers.
+    """
+    student = models.load(job.model, dtype=torch.float32 if job.lora is None else None)
+    if job.lora is None:
+        return student
+    student = models.attach_lora(student, job.lora.rank, job.lora.alpha, job.lora.dropout)
+    for parameter in student.model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return student
+
+
+def _cleaned(job: StudentJob) -> CleanedTraces:
+    """The attacker's traces after the clean-up."""
+    collected = read_traces(Path(job.traces))[: job.take]
+    cleanup = cleanups.resolve(job.cleanup)
+    cleaned = cleanup.clean(collected, job.boundary, AttackerAssets(base_student=job.model))
+    if not cleaned.traces:
+        raise ValueError(
+            f"clean-up {cleanup.label!r} left none of {len(collected)} traces; there is nothing to "
+            "learn from"
+        )
+    return cleaned
+
+
 def _teacher_head(job: StudentJob, attack: LogitAttack, device: torch.device) -> TeacherHead:
-    """What the thief may ask: hidden states stand in for the trunk that made them.
+    """What the attacker can query: hidden states stand in for the layers that computed them.
 
     Raises:
         ValueError: if the job names no teacher or no features.
     """
     if job.teacher is None or job.features is None:
-        raise ValueError(f"{attack.config.name} sees logits, but the job names no teacher to ask")
-    whole = models.load(job.teacher, device=device)
-    head = models.head_of(whole.model)
+        raise ValueError(f"{attack.config.name} sees logits, but the job names no teacher to query")
+    teacher = models.load(job.teacher, device=device)
+    head = models.head_of(teacher.model)
     snapshot = None
     if job.snapshot is not None:
-        other = models.head_of(models.load(job.snapshot, device=device).model)
-        snapshot = other.weight.detach(), other.bias
+        undefended = models.head_of(models.load(job.snapshot, device=device).model)
+        snapshot = undefended.weight.detach(), undefended.bias
     return TeacherHead(
-        whole.tokenizer,
+        teacher.tokenizer,
         head.weight,
         head.bias,
         read_features(Path(job.features) / "teacher"),
         snapshot=snapshot,
-        model=whole.model if attack.needs == "teacher" else None,
+        model=teacher.model if attack.needs == "teacher" else None,
     )
-
-
-def examine(
-    loaded: models.Loaded, task: Any, problems: Sequence[Problem], sampling: Sampling, name: str
-) -> list[Trace]:
-    """Answers to held-out problems, a bounded number at a time."""
-    found: list[Trace] = []
-    for start in range(0, len(problems), EXAM_BATCH):
-        part = problems[start : start + EXAM_BATCH]
-        found += collect(loaded, task, part, sampling, model=name)
-    return found

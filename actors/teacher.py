@@ -1,4 +1,4 @@
-"""The teacher actor: runs the frozen trunk over trace files and stores its hidden states."""
+"""The teacher actor: runs the frozen layers below the head on traces, and stores their output."""
 
 import json
 from pathlib import Path
@@ -12,26 +12,26 @@ from azeotrope.config import Config
 from azeotrope.heads.features import compute, write_features
 from azeotrope.tasks import TaskConfig
 from azeotrope.tasks import build as build_task
-from azeotrope.tokens import Boundary, Example, encode, from_ids
-from azeotrope.traces import Trace, read_traces
+from azeotrope.tokens import Boundary, Example, from_ids
+from azeotrope.traces import example_of, read_traces
 
 
 class FeatureJob(Config):
-    """One trace file and the folder under which each model writes its features of it."""
+    """One trace file, and the folder where each model writes its features of that file."""
 
     traces: str
     folder: str
     boundary: Boundary = Field(default_factory=Boundary)
     max_length: int = Field(default=256, ge=8)
     only_correct: bool = False
-    task: TaskConfig = Field(description="words the prompt of a text that no model wrote")
+    task: TaskConfig = Field(description="makes the prompt of a text that no model wrote")
     layer: str | None = Field(
-        default=None, description="proxies store what enters this layer, not their last states"
+        default=None, description="proxies store the input of this layer, not their last states"
     )
 
 
 class TeacherActor:
-    """Idempotent: a file made again has the same content and replaces itself whole."""
+    """Computes features. A file that is made twice has the same content."""
 
     def __init__(self, model: str) -> None:
         use_one_thread_on_cpu()
@@ -42,15 +42,15 @@ class TeacherActor:
             job = FeatureJob.model_validate(json.loads(text))
             output = Path(job.folder) / "teacher" / Path(job.traces).name
             if not output.is_file():
-                found, own = read_examples(job, self.loaded)
-                write_features(output, compute(self.loaded.model, found, own=own))
+                examples, own = read_examples(job, self.loaded)
+                write_features(output, compute(self.loaded.model, examples, own=own))
         return batch
 
 
 def read_examples(job: FeatureJob, teacher: models.Loaded) -> tuple[list[Example], bool]:
     """The tokens of a trace file with their masks, and whether the teacher wrote them.
 
-    Text that no model wrote, such as reference solutions, goes through the teacher's tokenizer.
+    Text that no model wrote, such as reference solutions, is encoded by the teacher's tokenizer.
 
     Raises:
         ValueError: if only some traces have token ids.
@@ -60,11 +60,15 @@ def read_examples(job: FeatureJob, teacher: models.Loaded) -> tuple[list[Example
     if unwritten and len(unwritten) < len(traces):
         raise ValueError(
             f"{len(unwritten)} of {len(traces)} traces in {job.traces} hold text but no token ids, "
-            f"first {unwritten[0]}; a file holds what the teacher wrote, or texts, and not both"
+            f"first {unwritten[0]}; a file holds either what the teacher wrote or other texts"
         )
     if unwritten:
-        return _encoded(job, teacher, traces), False
-    found = [
+        task = build_task(job.task)
+        return [
+            example_of(trace, teacher.tokenizer, task, job.boundary, job.max_length)
+            for trace in traces
+        ], False
+    return [
         from_ids(
             teacher.tokenizer,
             trace.prompt_ids,
@@ -74,21 +78,4 @@ def read_examples(job: FeatureJob, teacher: models.Loaded) -> tuple[list[Example
             id=trace.id,
         )
         for trace in traces
-    ]
-    return found, True
-
-
-def _encoded(job: FeatureJob, teacher: models.Loaded, traces: list[Trace]) -> list[Example]:
-    task = build_task(job.task)
-    return [
-        encode(
-            teacher.tokenizer,
-            task.messages(trace.question),
-            trace.text,
-            boundary=job.boundary,
-            max_length=job.max_length,
-            finished=trace.finished,
-            id=trace.id,
-        )
-        for trace in traces
-    ]
+    ], True

@@ -1,20 +1,40 @@
 """Collect traces: let a model answer a task's problems and record what it wrote."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
 
 from torch import Tensor
 
 from azeotrope.generation import Sampling, generate
 from azeotrope.models import Loaded
-from azeotrope.tasks.base import Problem, Task
+from azeotrope.problems import Problem, Task
 from azeotrope.tokens import decode, encode_prompt
 from azeotrope.traces import Trace, row_seed, trace_id
 
 BEGUN = 0.25
-"""Share of a right solution that a teacher is given as its own, to go on from there."""
+"""Share of a right solution that a teacher gets as its own beginning, to continue from there."""
 SHARD = 250
-"""Problems that are answered side by side."""
+"""Problems that are answered in one batch. The batch decides the last bits of every logit."""
 Adjust = Callable[[Tensor, list[list[int]]], Tensor]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where traces come from: what is recorded in them, and what their random numbers depend on."""
+
+    seed: int = 0
+    sample: int = 0
+    """Number of the sample, for several completions of one problem."""
+    model: str = "teacher"
+    defense: str = "none"
+
+
+def shards(sequence: Sequence[T], size: int | None) -> Iterator[Sequence[T]]:
+    """Consecutive parts of at most `size` entries; None for all in one part."""
+    step = size or max(len(sequence), 1)
+    return (sequence[start : start + step] for start in range(0, len(sequence), step))
 
 
 def collect(
@@ -23,55 +43,66 @@ def collect(
     problems: Sequence[Problem],
     sampling: Sampling,
     *,
-    seed: int = 0,
-    sample: int = 0,
-    model: str = "teacher",
-    defense: str = "none",
+    origin: Origin = Origin(),  # it is immutable
     adjust_logits: Adjust | None = None,
+    shard: int | None = None,
 ) -> list[Trace]:
-    """One trace a problem, in order.
+    """One trace per problem, in order.
 
-    A row's random numbers depend on its id and `seed` alone.
+    A row's random numbers depend on its id and the origin's seed alone.
 
     Args:
-        sample: number of the sample, for several completions of one problem.
-        model, defense: recorded in the trace.
+        shard: number of problems that are answered in one batch; None for all of them.
     """
-    ids = [trace_id(problem, task.template, sample) for problem in problems]
-    seeds = [row_seed(identity, seed) for identity in ids]
-    prompts = [encode_prompt(loaded.tokenizer, task.messages(p.question)) for p in problems]
+    return [
+        trace
+        for part in shards(problems, shard)
+        for trace in _collect(loaded, task, part, sampling, origin, adjust_logits)
+    ]
+
+
+def _collect(
+    loaded: Loaded,
+    task: Task,
+    problems: Sequence[Problem],
+    sampling: Sampling,
+    origin: Origin,
+    adjust_logits: Adjust | None,
+) -> list[Trace]:
+    tokenizer = loaded.tokenizer
+    ids = [trace_id(problem, task.template, origin.sample) for problem in problems]
+    seeds = [row_seed(identity, origin.seed) for identity in ids]
+    prompts = [encode_prompt(tokenizer, task.messages(p.question)) for p in problems]
     completions = generate(
         loaded.model,
         prompts,
         sampling,
-        eos_id=int(loaded.tokenizer.eos_token_id),  # type: ignore[arg-type]
-        pad_id=int(loaded.tokenizer.pad_token_id),  # type: ignore[arg-type]
+        eos_id=int(tokenizer.eos_token_id),  # type: ignore[arg-type]
+        pad_id=int(tokenizer.pad_token_id),  # type: ignore[arg-type]
         seeds=seeds,
         adjust_logits=adjust_logits,
     )
-    traces: list[Trace] = []
-    for row, (problem, completion) in enumerate(zip(problems, completions, strict=True)):
-        text = decode(loaded.tokenizer, completion.ids)
-        traces.append(
-            Trace(
-                id=ids[row],
-                problem=problem.id,
-                template=task.template,
-                sample=sample,
-                question=problem.question,
-                reference=problem.answer,
-                text=text,
-                prompt_ids=prompts[row],
-                completion_ids=completion.ids,
-                finished=completion.finished,
-                correct=task.check(text, problem.answer),
-                model=model,
-                defense=defense,
-                decoding=sampling.label,
-                seed=seeds[row],
-            )
+    texts = [decode(tokenizer, completion.ids) for completion in completions]
+    return [
+        Trace(
+            id=ids[row],
+            problem=problem.id,
+            template=task.template,
+            sample=origin.sample,
+            question=problem.question,
+            reference=problem.answer,
+            text=texts[row],
+            prompt_ids=prompts[row],
+            completion_ids=completions[row].ids,
+            finished=completions[row].finished,
+            correct=task.check(texts[row], problem.answer),
+            model=origin.model,
+            defense=origin.defense,
+            decoding=sampling.label,
+            seed=seeds[row],
         )
-    return traces
+        for row, problem in enumerate(problems)
+    ]
 
 
 def finish(
@@ -83,20 +114,22 @@ def finish(
     share: float = BEGUN,
     shard: int = SHARD,
 ) -> list[bool]:
-    """Whether a model comes to the right answer when others have begun the completion.
+    """Whether a model arrives at the right answer if it continues the beginning of a solution.
 
     Args:
-        share: of each text's tokens that are given to the model as written already; the model
-            writes the rest.
-        shard: texts that are finished side by side.
+        share: of each text's tokens that the model gets as written already; it writes the rest.
+        shard: number of texts that are finished in one batch.
 
     Raises:
         ValueError: if the share is not in [0, 1).
     """
     if not 0 <= share < 1:
         raise ValueError(f"share must be in [0, 1), got {share}")
-    parts = (texts[at : at + shard] for at in range(0, len(texts), shard))
-    return [right for part in parts for right in _finish(loaded, task, part, sampling, share)]
+    return [
+        right
+        for part in shards(texts, shard)
+        for right in _finish(loaded, task, part, sampling, share)
+    ]
 
 
 def _finish(

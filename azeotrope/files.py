@@ -1,7 +1,9 @@
-"""Files that appear whole or not at all, even if their writer is killed halfway."""
+"""Files and folders that appear whole or not at all, even if their writer is killed halfway."""
 
 import json
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +30,33 @@ def written_whole(path: Path) -> Iterator[Path]:
         raise
 
 
+@contextmanager
+def new_folder(folder: Path, marker: str) -> Iterator[Path]:
+    """Give a temporary folder to fill, and rename it to `folder` when the block ends.
+
+    If another process made the same folder in the meantime, that one stays: both must be equal.
+
+    Args:
+        marker: a file that a complete folder holds; with it the other process's work is recognised.
+
+    Raises:
+        OSError: if the folder exists and is not complete.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        yield scratch
+        # mkdtemp makes a private folder; this one is to be as readable as any other new folder.
+        scratch.chmod(0o777 & ~_umask())
+        try:
+            os.replace(scratch, folder)
+        except OSError:
+            if not (folder / marker).is_file():
+                raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text as UTF-8, whole or not at all."""
     with written_whole(path) as temporary:
@@ -41,3 +70,10 @@ def write_json(path: Path, data: Any) -> None:
         ValueError: if a number is not finite, which JSON cannot say.
     """
     write_text(path, json.dumps(data, indent=1, allow_nan=False) + "\n")
+
+
+def _umask() -> int:
+    """The process's file mode mask, which can only be read by setting it."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -16,6 +16,8 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
+from azeotrope import packaged
+
 # One bar a run is enough; thousands of small loads would bury it.
 disable_progress_bar()
 POCKET = Path(__file__).parent / "pocket" / "weights"
@@ -43,8 +45,6 @@ def resolve(name: str) -> str:
         FileNotFoundError: if a pocket model or a folder does not exist, or holds no checkpoint.
         ValueError: if `smollm2:LAYERS` asks for layers that the model does not have.
     """
-    from azeotrope.pocket import smollm2  # it imports this module
-
     if name.startswith("pocket/"):
         folder = POCKET / name.removeprefix("pocket/")
         if not (folder / "config.json").is_file():
@@ -53,9 +53,9 @@ def resolve(name: str) -> str:
                 f"no pocket model {name!r}; there are {', '.join('pocket/' + k for k in known)}"
             )
         return str(folder)
-    if smollm2.is_name(name):
-        folder = smollm2.folder_of(name)
-        if not (folder / "config.json").is_file():
+    if packaged.is_packaged(name):
+        folder = packaged.folder_of(name)
+        if not packaged.is_converted(name):
             raise FileNotFoundError(
                 f"{name} is not converted yet: there is no checkpoint in {folder}; every workflow "
                 "converts it when it starts, and pocket.smollm2.ensure does it from Python"

@@ -1,7 +1,7 @@
-"""Traces: what a teacher wrote and a thief would collect, with where each came from.
+"""Traces: completions of problems, as an attacker collects them, with their origin.
 
-A trace's id is a hash of the problem, the prompt template and the sample number, so the same row
-made twice has the same id, and a file with an id in it twice is refused.
+A trace's id is a hash of the problem, the prompt template and the sample number. So the same row
+that is made twice has the same id, and a file that holds an id twice is refused.
 """
 
 import hashlib
@@ -12,9 +12,11 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from transformers import PreTrainedTokenizerBase
 
 from azeotrope.files import written_whole
-from azeotrope.tasks.base import Problem, Task
+from azeotrope.problems import Problem, Task
+from azeotrope.tokens import Boundary, Example, encode
 
 SCHEMA = pa.schema(
     [
@@ -41,9 +43,9 @@ SCHEMA = pa.schema(
 class Trace:
     """One completion of one problem.
 
-    `model` names who wrote it (`ground_truth` for a reference solution), `defense` what was on,
-    `decoding` how it was drawn (`greedy` or `sampled@T`). `prompt_ids` and `completion_ids` are
-    the writer's own tokens; they are empty for text that no model of ours wrote.
+    `model` is the writer (`ground_truth` for a reference solution), `defense` the active defense,
+    `decoding` how tokens were drawn (`greedy` or `sampled@T`). `prompt_ids` and `completion_ids`
+    are the writer's own tokens; they are empty for text that was not generated here.
     """
 
     id: str
@@ -68,17 +70,18 @@ class Trace:
 
 
 def trace_id(problem: Problem, template: str, sample: int) -> str:
+    """The id of a trace, from what it answers and how often that was answered before."""
     key = f"{problem.dataset}\n{problem.split}\n{problem.row}\n{template}\n{sample}"
     return hashlib.sha256(key.encode()).hexdigest()[:24]
 
 
 def row_seed(identity: str, seed: int) -> int:
-    """The seed of one row's random numbers: a hash, so that rows and runs never share a stream."""
+    """The seed of one row's random numbers: a hash, so that rows and runs never share numbers."""
     return int.from_bytes(hashlib.sha256(f"{seed}:{identity}".encode()).digest()[:8], "big") >> 1
 
 
 def ground_truth(task: Task, problems: Sequence[Problem]) -> list[Trace]:
-    """The reference solutions as traces: what a thief has without any teacher."""
+    """The reference solutions as traces: what an attacker has without any teacher."""
     return [
         Trace(
             id=trace_id(problem, task.template, 0),
@@ -101,6 +104,29 @@ def ground_truth(task: Task, problems: Sequence[Problem]) -> list[Trace]:
     ]
 
 
+def example_of(
+    trace: Trace,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    boundary: Boundary,
+    max_length: int,
+) -> Example:
+    """A trace's question and text as the tokens of any model; the writer's own are not used.
+
+    Raises:
+        ValueError: if the example is longer than `max_length` tokens, or the text is empty.
+    """
+    return encode(
+        tokenizer,
+        task.messages(trace.question),
+        trace.text,
+        boundary=boundary,
+        max_length=max_length,
+        finished=trace.finished,
+        id=trace.id,
+    )
+
+
 def write_traces(path: Path, traces: Iterable[Trace]) -> None:
     """Write one Parquet file; it appears whole or not at all.
 
@@ -112,18 +138,18 @@ def write_traces(path: Path, traces: Iterable[Trace]) -> None:
     write_parquet(pa.Table.from_pylist(rows, schema=SCHEMA), path)
 
 
-def read_traces(place: Path) -> list[Trace]:
+def read_traces(source: Path) -> list[Trace]:
     """Every trace of a file, or of all Parquet files of a folder in the order of their names.
 
     Raises:
         FileNotFoundError: if there is no Parquet file.
         ValueError: if a file has another schema, or an id occurs twice.
     """
-    files = sorted(place.glob("*.parquet")) if place.is_dir() else [place]
+    files = sorted(source.glob("*.parquet")) if source.is_dir() else [source]
     if not files or not files[0].is_file():
-        raise FileNotFoundError(f"no traces at {place}: expected Parquet files")
-    found: list[Trace] = []
-    names = [item.name for item in fields(Trace)]
+        raise FileNotFoundError(f"no traces at {source}: expected Parquet files")
+    traces: list[Trace] = []
+    names = [field.name for field in fields(Trace)]
     for path in files:
         table = pq.read_table(path)
         missing = [name for name in names if name not in table.column_names]
@@ -132,9 +158,9 @@ def read_traces(place: Path) -> list[Trace]:
         for row in table.select(names).to_pylist():
             row["prompt_ids"] = tuple(row["prompt_ids"])
             row["completion_ids"] = tuple(row["completion_ids"])
-            found.append(Trace(**row))
-    _refuse_repeats((trace.id for trace in found), str(place))
-    return found
+            traces.append(Trace(**row))
+    _refuse_repeats((trace.id for trace in traces), str(source))
+    return traces
 
 
 def write_parquet(table: pa.Table, path: Path) -> None:
@@ -153,10 +179,10 @@ def write_parquet(table: pa.Table, path: Path) -> None:
         ) from error
 
 
-def _refuse_repeats(ids: Iterable[str], place: str) -> None:
+def _refuse_repeats(ids: Iterable[str], file: str) -> None:
     repeated = [identity for identity, count in Counter(ids).items() if count > 1]
     if repeated:
         raise ValueError(
-            f"{place} would hold {len(repeated)} trace ids more than once, first {repeated[0]}; "
-            "every problem, template and sample number makes one trace"
+            f"{file} would hold {len(repeated)} trace ids more than once, first {repeated[0]}; "
+            "each problem, template and sample number makes one trace"
         )

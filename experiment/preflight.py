@@ -7,7 +7,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from actors.heads import CHECKED_PROMPTS
-from azeotrope import models
+from azeotrope import models, packaged
 from azeotrope.config import ConfigError
 from azeotrope.heads.folding import check_foldable
 from azeotrope.heads.search import UtilityFloor
@@ -59,7 +59,7 @@ def is_here(name: str) -> bool:
     Raises:
         ConfigError: if it should be here and is not.
     """
-    if smollm2.is_name(name) and not (smollm2.folder_of(name) / "config.json").is_file():
+    if packaged.is_packaged(name) and not packaged.is_converted(name):
         return False
     try:
         return Path(models.resolve(name)).is_dir()
@@ -69,11 +69,11 @@ def is_here(name: str) -> bool:
 
 def _smollm2(name: str, convert: bool) -> None:
     """Have the checkpoint of this name, if it is one that comes out of a package."""
-    if not smollm2.is_name(name):
+    if not packaged.is_packaged(name):
         return
     try:
-        layers, folder = smollm2.layers_of(name), smollm2.folder_of(name)
-        if (folder / "config.json").is_file():
+        layers, folder = packaged.layers_of(name), packaged.folder_of(name)
+        if packaged.is_converted(name):
             return
         smollm2.weights()
         if convert:

@@ -9,7 +9,7 @@ import sys
 from rich.console import Console
 from rich.table import Table
 
-from azeotrope.pocket import smollm2
+from azeotrope import packaged
 from experiment.preflight import is_here, preflight
 from experiment.settings import ExperimentConfig, load
 from workflows.pipeline import cells_of
@@ -58,8 +58,8 @@ def stages(config: ExperimentConfig) -> list[tuple[str, str]]:
 def _place_of_model(name: str) -> str:
     if is_here(name):
         return "here"
-    if smollm2.is_name(name):
-        return f"to be converted to {smollm2.folder_of(name)}"
+    if packaged.is_packaged(name):
+        return f"to be converted to {packaged.folder_of(name)}"
     return _HUB
 
 

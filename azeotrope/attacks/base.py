@@ -15,7 +15,7 @@ import azeotrope.attacks
 from azeotrope.config import Config, ConfigError
 from azeotrope.config import build as build_config
 from azeotrope.models import Loaded
-from azeotrope.tasks.base import Task
+from azeotrope.problems import Task
 from azeotrope.tokens import Boundary, Example
 from azeotrope.traces import Trace
 from azeotrope.training import FitConfig, TokenSum

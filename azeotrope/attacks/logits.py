@@ -33,7 +33,7 @@ from azeotrope.logits.inversion import Inversion, fit_inversion
 from azeotrope.logits.observation import Events, View, as_events, merged, observe, temper
 from azeotrope.logits.vocabulary import token_rows
 from azeotrope.models import Loaded
-from azeotrope.tasks.base import Task
+from azeotrope.problems import Task
 from azeotrope.tokens import Boundary, Example, collate, encode
 from azeotrope.traces import Trace
 from azeotrope.training import TokenSum

@@ -38,7 +38,7 @@ from azeotrope.logits.alignment import same_vocabulary
 from azeotrope.logits.observation import View
 from azeotrope.mixture import Mixture
 from azeotrope.models import Loaded
-from azeotrope.tasks.base import Task
+from azeotrope.problems import Task
 from azeotrope.tokens import Boundary, Example, collate
 from azeotrope.traces import Trace, row_seed
 from azeotrope.training import TokenSum

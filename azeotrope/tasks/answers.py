@@ -1,4 +1,4 @@
-"""Finding the final answer in a completion, and telling whether two answers are the same."""
+"""Find the final answer in a completion, and compare two answers."""
 
 import logging
 import re
@@ -21,13 +21,13 @@ _MOST_POWERS = 3
 def extract(completion: str, *, numeric: bool) -> str | None:
     r"""The final answer: after `####`, in `\boxed{}`, after "answer is", or the last number.
 
-    The first of these four that is there decides, and of several its last: a model may correct
-    itself. Reasoning in `<think>` tags is not searched.
+    They are tried in this order. If one occurs several times, the last one counts, because a model
+    may correct itself. Reasoning in `<think>` tags is not searched.
 
     Args:
-        numeric: the task's answers are numbers, so other words are passed over, and numbers come
-            back in one spelling (`$1,000.00` as `1000`). Otherwise there is no fallback to the
-            last number.
+        numeric: the task's answers are numbers, so other words are skipped, and numbers are
+            returned in one spelling (`$1,000.00` as `1000`). Otherwise the last number is not
+            taken as an answer.
     """
     _, closed, rest = completion.rpartition("</think>")
     text = rest if closed else completion
@@ -41,18 +41,18 @@ def extract(completion: str, *, numeric: bool) -> str | None:
     return spell(numbers[-1]) if numbers else None
 
 
-def same(given: str, reference: str) -> bool:
+def same(answer: str, reference: str) -> bool:
     """Whether two answers mean the same: as numbers, as words, or as short expressions.
 
-    `math-verify` decides about expressions only. Its time limit uses a signal, which fails in
-    threads, so it runs without one and gets nothing that could take long to evaluate.
+    `math-verify` compares expressions only. Its time limit uses a signal, which fails in threads,
+    so it runs without one and only gets expressions that are quick to evaluate.
     """
-    first, second = number(given), number(reference)
+    first, second = number(answer), number(reference)
     if first is not None and second is not None:
         return first == second
-    if _words(given) == _words(reference):
+    if _words(answer) == _words(reference):
         return True
-    return _is_expression(given) and _is_expression(reference) and _equal(given, reference)
+    return _is_expression(answer) and _is_expression(reference) and _equal(answer, reference)
 
 
 def number(text: str) -> Fraction | None:
@@ -65,7 +65,7 @@ def number(text: str) -> Fraction | None:
 
 
 def spell(text: str) -> str:
-    """A number without commas, currency, units and needless zeros; other text as it is."""
+    """A number without commas, currency, units and needless zeros; other text unchanged."""
     value = number(text)
     if value is None:
         return text
@@ -91,7 +91,7 @@ def _candidates(text: str) -> Iterator[str]:
 
 
 def _boxed(text: str) -> str | None:
-    r"""What the last `\boxed{}` holds, nested braces included; None without one that closes."""
+    r"""The content of the last `\boxed{}`, nested braces included; None without a closed one."""
     start = text.rfind(r"\boxed{")
     if start < 0:
         return None
@@ -116,8 +116,8 @@ def _clean(candidate: str, numeric: bool) -> str | None:
         return spell(text)
     if _is_expression(text):
         return text
-    found = _NUMBER.search(text)
-    return spell(found.group()) if found else None
+    match = _NUMBER.search(text)
+    return spell(match.group()) if match else None
 
 
 def _words(text: str) -> str:
@@ -125,7 +125,7 @@ def _words(text: str) -> str:
 
 
 def _is_expression(text: str) -> bool:
-    """Mathematics that is cheap to evaluate: no words, no towers of powers, no factorials."""
+    """Mathematics that is cheap to evaluate: no words, no stacked powers, no factorials."""
     if len(text) > _LONGEST_EXPRESSION or not re.search(r"[\d\\]", text):
         return False
     # Words would be read as products of letters, which makes anagrams equal.
@@ -136,13 +136,13 @@ def _is_expression(text: str) -> bool:
     return safe and "!" not in text and "**" not in text
 
 
-def _equal(given: str, reference: str) -> bool:
+def _equal(answer: str, reference: str) -> bool:
     from math_verify import parse, verify
 
-    # It warns about each missing time limit; the docstring of `same` says why there is none.
+    # It warns whenever there is no time limit; the docstring of `same` says why there is none.
     logging.getLogger("math_verify").setLevel(logging.ERROR)
     first, second = (
         parse(f"${text}$", parsing_timeout=None)  # type: ignore[arg-type]
-        for text in (reference, given)
+        for text in (reference, answer)
     )
     return bool(verify(first, second, timeout_seconds=None))

@@ -1,6 +1,8 @@
-"""GSM8K: grade-school word problems with worked solutions (Cobbe et al. 2021, arXiv:2110.14168)."""
+"""GSM8K: grade-school word problems with worked solutions.
 
-import os
+Reference: Cobbe et al. 2021, "Training verifiers to solve math word problems", arXiv:2110.14168.
+"""
+
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,18 +10,18 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
+from azeotrope.environment import Environment, variable
 from azeotrope.tasks import answers
 from azeotrope.tasks.base import Problem, TaskSettings
-from azeotrope.tasks.rows import Row, collect, read, take, text_of
+from azeotrope.tasks.rows import ProblemText, parse_rows, read, take, text_of
 from azeotrope.tokens import Message
 
 HUB = "openai/gsm8k"
-DATA = "AZEOTROPE_DATA"
 SPLITS = ("train", "validation", "test")
 INSTRUCTION = "Reason step by step, and finish with a line of the form\n#### <number>"
 _CALCULATOR = re.compile(r"<<[^<>]*>>")
 _EXPECTED = (
-    'one JSON object a line, {"question": ..., "answer": ... #### 18}, as in train.jsonl and '
+    'one JSON object per line, {"question": ..., "answer": ... #### 18}, as in train.jsonl and '
     f"test.jsonl of GSM8K; or leave path empty to download {HUB}"
 )
 
@@ -49,8 +51,8 @@ class Config(TaskSettings):
     def folder(self) -> Path | None:
         """Where the files are on this machine; None if they must be downloaded.
 
-        The data folder is looked for at each call and never written down, so a stage made with it
-        is the same as one made from the hub.
+        The data folder is looked up at each call and is no part of the configuration, so a stage
+        made with local files is the same as one made from the hub.
         """
         if self.path is not None:
             return Path(self.path)
@@ -59,22 +61,22 @@ class Config(TaskSettings):
 
 
 def data_folder() -> Path | None:
-    """The folder whose `gsm8k/` has the files.
+    """The folder whose `gsm8k/` has the files; None if there is none.
 
-    The one in the environment variable, or else `data` or `shared/data` in the working folder or
-    in one above it.
+    If AZEOTROPE_DATA is set, only that folder is looked at. Otherwise `data` and `shared/data` are
+    tried in the working folder and in each folder above it.
     """
-    given = os.environ.get(DATA)
-    here = Path.cwd()
-    above = [up / name for up in (here, *here.parents) for name in ("data", "shared/data")]
-    for root in [Path(given).expanduser()] if given else above:
+    chosen = Environment().data
+    working = Path.cwd()
+    above = [up / name for up in (working, *working.parents) for name in ("data", "shared/data")]
+    for root in [chosen] if chosen else above:
         if (root / "gsm8k" / "train.jsonl").is_file():
             return root
     return None
 
 
 class Gsm8k:
-    """All rows are read and checked at the start, so that a broken file fails in a second.
+    """All rows are read and checked at the start, so a broken file fails within a second.
 
     A problem's row is its row in the file. Validation rows keep the number they have in the train
     file, so an id means the same problem whatever the size of the validation split.
@@ -95,6 +97,11 @@ class Gsm8k:
         self._rows = {"train": train[:held_out], "validation": train[held_out:], "test": test}
 
     def problems(self, split: str, count: int, *, skip: int = 0) -> Sequence[Problem]:
+        """Problems of one split, in the order of their file.
+
+        Raises:
+            ValueError: if there is no such split, or it has fewer problems.
+        """
         if split not in SPLITS:
             raise ValueError(f"gsm8k has the splits {', '.join(SPLITS)}; got {split!r}")
         return take(
@@ -113,39 +120,46 @@ class Gsm8k:
         return answers.extract(completion, numeric=True)
 
     def check(self, completion: str, answer: str) -> bool:
-        given = self.extract(completion)
-        return given is not None and answers.same(given, answer)
+        extracted = self.extract(completion)
+        return extracted is not None and answers.same(extracted, answer)
 
 
 def build(config: Config) -> Gsm8k:
+    """The task, its files read.
+
+    Raises:
+        FileNotFoundError: if a file is missing.
+        ConnectionError: if the files must be downloaded and the hub cannot be reached.
+        ValueError: if a row is broken, or the validation split would leave no train row.
+    """
     return Gsm8k(config)
 
 
-def parse(fields: Mapping[str, Any]) -> Row:
+def parse(fields: Mapping[str, Any]) -> ProblemText:
     """A row of the published files: reasoning with calculator marks, then `#### 1,000`.
 
     Raises:
         ValueError: if a field is missing or the answer does not end with a number after `####`.
     """
     question, worked = text_of(fields, "question"), text_of(fields, "answer")
-    reasoning, found, final = worked.rpartition("####")
-    if not found:
+    reasoning, mark, final = worked.rpartition("####")
+    if not mark:
         raise ValueError('has an "answer" without a final "#### number"')
     if answers.number(final) is None:
         raise ValueError(f'has an "answer" with {final.strip()!r} after ####, not a number')
     answer = answers.spell(final.strip())
     steps = _CALCULATOR.sub("", reasoning).strip()
-    return Row(question, answer, f"{steps}\n#### {answer}".lstrip())
+    return ProblemText(question, answer, f"{steps}\n#### {answer}".lstrip())
 
 
-def _load(folder: Path | None) -> tuple[tuple[Row, ...], tuple[Row, ...]]:
+def _load(folder: Path | None) -> tuple[tuple[ProblemText, ...], tuple[ProblemText, ...]]:
     if folder is None:
         return _download("train"), _download("test")
     train = read(folder / "train.jsonl", parse, expected=_EXPECTED)
     return train, read(folder / "test.jsonl", parse, expected=_EXPECTED)
 
 
-def _download(split: str) -> tuple[Row, ...]:
+def _download(split: str) -> tuple[ProblemText, ...]:
     from datasets import load_dataset
 
     try:
@@ -154,11 +168,8 @@ def _download(split: str) -> tuple[Row, ...]:
         # Both "no network" and "not in the cache" are OSErrors, with messages about URLs.
         raise ConnectionError(
             f"cannot get {HUB} from the Hugging Face hub ({error}); download train.jsonl and "
-            f"test.jsonl once and set path to their folder, or {DATA} to the folder of gsm8k/"
+            f"test.jsonl once and set path to their folder, or {variable('data')} to the folder "
+            "that holds gsm8k/"
         ) from error
-    items = ((f"row {index}", _giver(dict(fields))) for index, fields in enumerate(table))
-    return collect(items, parse, source=f"{HUB} ({split})")
-
-
-def _giver(fields: dict[str, Any]) -> Any:
-    return lambda: fields
+    numbered = ((f"row {index}", dict(fields)) for index, fields in enumerate(table))
+    return parse_rows(numbered, dict, parse, source=f"{HUB} ({split})")

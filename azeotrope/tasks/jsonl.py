@@ -1,4 +1,4 @@
-"""A task of your own: JSONL files with a question, an answer and, if there is one, a solution."""
+"""A task from JSONL files: a question, an answer and, if there is one, a worked solution."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -9,18 +9,18 @@ from pydantic import Field, field_validator
 
 from azeotrope.tasks import answers
 from azeotrope.tasks.base import Problem, TaskSettings
-from azeotrope.tasks.rows import Row, content_hash, read, take, text_of
+from azeotrope.tasks.rows import ProblemText, content_hash, read, take, text_of
 from azeotrope.tokens import Message
 
 INSTRUCTION = "Reason step by step, and finish with a line of the form\n#### <answer>"
-_EXPECTED = 'one JSON object a line, {"question": ..., "answer": ..., "solution": ... (optional)}'
+_EXPECTED = 'one JSON object per line, {"question": ..., "answer": ..., "solution": ... (optional)}'
 logger = logging.getLogger(__name__)
 
 
 class Config(TaskSettings):
     name: Literal["jsonl"] = "jsonl"
     train: str = Field(description='JSONL file of {"question", "answer"[, "solution"]}')
-    test: str = Field(description="the same, for problems nobody trains on")
+    test: str = Field(description="the same, for problems that no model is trained on")
     validation: str | None = Field(default=None, description="the same, to choose settings with")
 
     @field_validator("train", "test", "validation")
@@ -31,9 +31,9 @@ class Config(TaskSettings):
 
 
 class Jsonl:
-    """The name carries a hash of the text, so that edited files are not taken for the old ones.
+    """The task's name holds a hash of its text, so results of edited files are not mixed with old.
 
-    If every answer is a number, completions are searched for numbers as in GSM8K; otherwise an
+    If every answer is a number, completions are searched for numbers as in GSM8K. Otherwise an
     answer is compared as words or as a short expression, and counts only where it is marked.
     """
 
@@ -53,6 +53,11 @@ class Jsonl:
         _warn_of_overlap(self._rows)
 
     def problems(self, split: str, count: int, *, skip: int = 0) -> Sequence[Problem]:
+        """Problems of one split, in the order of their file.
+
+        Raises:
+            ValueError: if there is no file for this split, or it has fewer problems.
+        """
         if split not in self._rows:
             raise ValueError(
                 f"this task has files for {', '.join(self._rows)}; got {split!r}, "
@@ -67,30 +72,36 @@ class Jsonl:
         return answers.extract(completion, numeric=self._numeric)
 
     def check(self, completion: str, answer: str) -> bool:
-        given = self.extract(completion)
-        return given is not None and answers.same(given, answer)
+        extracted = self.extract(completion)
+        return extracted is not None and answers.same(extracted, answer)
 
 
 def build(config: Config) -> Jsonl:
+    """The task, its files read.
+
+    Raises:
+        FileNotFoundError: if a file is missing.
+        ValueError: if a row is broken.
+    """
     return Jsonl(config)
 
 
-def parse(fields: Mapping[str, Any]) -> Row:
-    """A row; without a solution the ground truth is the answer line alone.
+def parse(fields: Mapping[str, Any]) -> ProblemText:
+    """One row; without a solution the ground truth is the answer line alone.
 
     Raises:
         ValueError: if a field is missing, or the solution ends with another answer.
     """
     question, answer = text_of(fields, "question"), _answer(fields)
     if fields.get("solution") is None:
-        return Row(question, answer, f"#### {answer}")
+        return ProblemText(question, answer, f"#### {answer}")
     solution = text_of(fields, "solution")
-    _, found, final = solution.rpartition("####")
-    if not found:
-        return Row(question, answer, f"{solution}\n#### {answer}")
+    _, mark, final = solution.rpartition("####")
+    if not mark:
+        return ProblemText(question, answer, f"{solution}\n#### {answer}")
     if not answers.same(final.strip(), answer):
         raise ValueError(f"has answer {answer!r} but a solution that ends in {final.strip()!r}")
-    return Row(question, answer, solution)
+    return ProblemText(question, answer, solution)
 
 
 def _answer(fields: Mapping[str, Any]) -> str:
@@ -103,9 +114,9 @@ def _answer(fields: Mapping[str, Any]) -> str:
     return answers.spell(answer)
 
 
-def _warn_of_overlap(rows: Mapping[str, tuple[Row, ...]]) -> None:
+def _warn_of_overlap(rows: Mapping[str, tuple[ProblemText, ...]]) -> None:
     test = {row.question for row in rows["test"]}
     for split in ("train", "validation"):
         shared = sum(row.question in test for row in rows.get(split, ()))
         if shared:
-            logger.warning("%d questions of %s also stand in test", shared, split)
+            logger.warning("%d questions of %s are also in test", shared, split)

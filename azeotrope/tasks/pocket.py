@@ -37,6 +37,11 @@ class Pocket:
         self.config = config
 
     def problems(self, split: str, count: int, *, skip: int = 0) -> Sequence[Problem]:
+        """Problems of one split, in the order of its stream.
+
+        Raises:
+            ValueError: if there is no such split.
+        """
         if split not in get_args(Split):
             raise ValueError(f"pocket has the splits {', '.join(get_args(Split))}; got {split!r}")
         return _problems(split, count + skip, self.config.slip)[skip:]  # type: ignore[arg-type]
@@ -54,13 +59,13 @@ class Pocket:
 
 @lru_cache(maxsize=8)
 def _problems(split: Split, count: int, slip: float) -> tuple[Problem, ...]:
-    found: list[Problem] = []
-    for item in islice(problems(split), count):
-        rng = Random(f"{VERSION}:{split}:{item.row}:solution")
-        solution = language.reasoning(item, rng, slip=slip)
-        answer = str(item.answer)
-        found.append(Problem(VERSION, split, item.row, item.question, answer, solution))
-    return tuple(found)
+    drawn: list[Problem] = []
+    for problem in islice(problems(split), count):
+        rng = Random(f"{VERSION}:{split}:{problem.row}:solution")
+        solution = language.reasoning(problem, rng, slip=slip)
+        answer = str(problem.answer)
+        drawn.append(Problem(VERSION, split, problem.row, problem.question, answer, solution))
+    return tuple(drawn)
 
 
 def build(config: Config) -> Pocket:

@@ -1,20 +1,20 @@
-"""Reading JSONL files row by row, with one error that names every kind of broken row."""
+"""Read JSONL files row by row, with one error that lists the broken rows."""
 
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from azeotrope.tasks.base import Problem
+from azeotrope.problems import Problem
 
 SHOWN = 5
 """How many broken rows an error lists; the rest are counted."""
 
 
 @dataclass(frozen=True)
-class Row:
+class ProblemText:
     """The text of one problem; `solution` ends with `#### answer`."""
 
     question: str
@@ -22,11 +22,12 @@ class Row:
     solution: str
 
 
-Parse = Callable[[Mapping[str, Any]], Row]
-"""Turns the fields of a row into text, or raises ValueError with what is wrong with them."""
+T = TypeVar("T")
+Parse = Callable[[Mapping[str, Any]], ProblemText]
+"""Turns the fields of a row into text, or raises ValueError with the reason why it cannot."""
 
 
-def read(path: Path, parse: Parse, *, expected: str) -> tuple[Row, ...]:
+def read(path: Path, parse: Parse, *, expected: str) -> tuple[ProblemText, ...]:
     """Every row of a JSONL file, in order; blank lines are skipped.
 
     Args:
@@ -39,28 +40,33 @@ def read(path: Path, parse: Parse, *, expected: str) -> tuple[Row, ...]:
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}; expected {expected}")
     lines = path.read_bytes().splitlines()
-    items = ((f"line {number}", line) for number, line in enumerate(lines, 1) if line.strip())
-    return collect(((place, _decoder(line)) for place, line in items), parse, source=str(path))
+    numbered = ((f"line {number}", line) for number, line in enumerate(lines, 1) if line.strip())
+    return parse_rows(numbered, _decode, parse, source=str(path))
 
 
-def collect(
-    items: Iterable[tuple[str, Callable[[], Any]]], parse: Parse, *, source: str
-) -> tuple[Row, ...]:
-    """Parse rows that come with the name of their place, and complain about all of them at once.
+def parse_rows(
+    numbered: Iterable[tuple[str, T]], decode: Callable[[T], Any], parse: Parse, *, source: str
+) -> tuple[ProblemText, ...]:
+    """Parse rows that come with their positions, and report all broken ones at once.
+
+    Args:
+        numbered: the position of each row, such as `line 3`, and the row.
+        decode: turns a row into its fields; raises ValueError with the reason if it cannot.
+        source: the name of the file, for errors.
 
     Raises:
         ValueError: if any row is broken or if there is none.
     """
-    rows: list[Row] = []
+    rows: list[ProblemText] = []
     broken: list[str] = []
-    for place, decode in items:
+    for position, raw in numbered:
         try:
-            fields = decode()
+            fields = decode(raw)
             if not isinstance(fields, dict):
                 raise ValueError(f"is a {type(fields).__name__}, not an object with named fields")
             rows.append(parse(fields))
         except ValueError as error:
-            broken.append(f"{place} {error}")
+            broken.append(f"{position} {error}")
     if broken:
         more = f"; and {len(broken) - SHOWN} more" if len(broken) > SHOWN else ""
         raise ValueError(
@@ -73,14 +79,14 @@ def collect(
 
 
 def text_of(fields: Mapping[str, Any], key: str) -> str:
-    """A field that must be a text with something in it.
+    """A field that must be a text that is not blank.
 
     Raises:
         ValueError: if it is missing, of another type, or blank.
     """
     if key not in fields:
-        known = ", ".join(sorted(map(str, fields))) or "nothing"
-        raise ValueError(f'has no "{key}" (it has {known})')
+        present = ", ".join(sorted(map(str, fields))) or "nothing"
+        raise ValueError(f'has no "{key}" (it has {present})')
     value = fields[key]
     if not isinstance(value, str):
         raise ValueError(f'has a "{key}" that is a {type(value).__name__}, not a text')
@@ -90,20 +96,26 @@ def text_of(fields: Mapping[str, Any], key: str) -> str:
 
 
 def take(
-    rows: tuple[Row, ...], count: int, skip: int, *, dataset: str, split: str, first: int = 0
+    rows: tuple[ProblemText, ...],
+    count: int,
+    skip: int,
+    *,
+    dataset: str,
+    split: str,
+    first: int = 0,
 ) -> list[Problem]:
-    """Some rows as problems.
+    """The rows from `skip` on, `count` of them, as problems.
 
     Args:
-        first: the number of the first row in its file, so that a problem keeps its id when the
+        first: number of the first of `rows` in its file. With it a problem keeps its id when the
             sizes of the splits change.
 
     Raises:
-        ValueError: if there are fewer rows than asked for.
+        ValueError: if there are too few rows.
     """
     if skip + count > len(rows):
         raise ValueError(
-            f"{dataset} has {len(rows)} problems in {split}, fewer than the {count} asked for"
+            f"{dataset} has {len(rows)} problems in {split}, fewer than the {count} requested"
             + (f" after the first {skip}" if skip else "")
         )
     return [
@@ -112,7 +124,7 @@ def take(
     ]
 
 
-def content_hash(*splits: tuple[Row, ...]) -> str:
+def content_hash(*splits: tuple[ProblemText, ...]) -> str:
     """Eight hexadecimal digits that change when any text does."""
     digest = hashlib.sha256()
     for rows in splits:
@@ -121,13 +133,10 @@ def content_hash(*splits: tuple[Row, ...]) -> str:
     return digest.hexdigest()[:8]
 
 
-def _decoder(line: bytes) -> Callable[[], Any]:
-    def decode() -> Any:
-        try:
-            return json.loads(line)
-        except UnicodeDecodeError:
-            raise ValueError("is not UTF-8") from None
-        except json.JSONDecodeError as error:
-            raise ValueError(f"is not JSON ({error.msg}, column {error.colno})") from None
-
-    return decode
+def _decode(line: bytes) -> Any:
+    try:
+        return json.loads(line)
+    except UnicodeDecodeError:
+        raise ValueError("is not UTF-8") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"is not JSON ({error.msg}, column {error.colno})") from None

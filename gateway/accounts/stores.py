@@ -1,9 +1,9 @@
 """Where keys and quotas are: on one node in files of a folder, on several nodes in Redis."""
 
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from azeotrope.environment import Environment
 from gateway.accounts.keys import KeyStore
 from gateway.accounts.ledger import Ledger
 from gateway.accounts.redis_keys import RedisKeyStore
@@ -14,8 +14,7 @@ from gateway.accounts.sqlite_ledger import LEDGER_FILE, SqliteLedger
 
 def default_store() -> Path:
     """The folder of keys, quotas and logs: $AZEOTROPE_HOME or ~/.azeotrope."""
-    home = os.environ.get("AZEOTROPE_HOME")
-    return Path(home).expanduser() if home else Path.home() / ".azeotrope"
+    return Environment().home
 
 
 @dataclass(frozen=True)

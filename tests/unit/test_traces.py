@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from azeotrope import models, tasks
-from azeotrope.collect import collect
+from azeotrope.collect import Origin, collect
 from azeotrope.defenses import answers_only
 from azeotrope.generation import Sampling
 from azeotrope.tasks import PocketConfig, Problem
@@ -161,19 +161,20 @@ def test_traces_are_the_same_however_the_problems_are_dealt(
     teacher: models.Loaded, temperature: float
 ) -> None:
     task = tasks.build(PocketConfig())
-    given = list(task.problems("train", 8))
+    problems = list(task.problems("train", 8))
     sampling = Sampling(temperature=temperature)
 
-    def taken(part: list[Problem], **more: int) -> list[Trace]:
-        return collect(teacher, task, part, sampling, **more)
+    def answers(part: list[Problem], shard: int | None = None, **origin: int) -> list[Trace]:
+        return collect(teacher, task, part, sampling, origin=Origin(**origin), shard=shard)
 
-    whole = taken(given)
-    assert taken(given[:4]) + taken(given[4:]) == whole
-    odd, even = taken(given[1::2]), taken(given[::2])
+    whole = answers(problems)
+    assert answers(problems[:4]) + answers(problems[4:]) == whole
+    assert answers(problems, shard=3) == whole
+    odd, even = answers(problems[1::2]), answers(problems[::2])
     assert sorted(odd + even, key=lambda item: item.id) == sorted(whole, key=lambda item: item.id)
-    assert taken(given[::-1])[::-1] == whole
-    assert [item.problem for item in whole] == [problem.id for problem in given]
-    assert all(task.check(item.text, item.reference) == item.correct for item in whole)
-    texts = [item.text for item in whole]
-    for changed in (taken(given, seed=1), taken(given, sample=1)):
-        assert ([item.text for item in changed] == texts) == (temperature == 0)
+    assert answers(problems[::-1])[::-1] == whole
+    assert [trace.problem for trace in whole] == [problem.id for problem in problems]
+    assert all(task.check(trace.text, trace.reference) == trace.correct for trace in whole)
+    texts = [trace.text for trace in whole]
+    for changed in (answers(problems, seed=1), answers(problems, sample=1)):
+        assert ([trace.text for trace in changed] == texts) == (temperature == 0)

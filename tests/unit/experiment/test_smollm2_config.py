@@ -14,8 +14,9 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
-from azeotrope import models
+from azeotrope import models, packaged
 from azeotrope.config import ConfigError
+from azeotrope.environment import variable
 from azeotrope.pocket import smollm2
 from azeotrope.report.intervals import wilson
 from azeotrope.report.page import write_report
@@ -57,7 +58,7 @@ def tiny() -> models.Loaded:
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty home of converted models, and no data sets."""
-    monkeypatch.setenv(smollm2.HOME, str(tmp_path / "home"))
+    monkeypatch.setenv(variable("cache"), str(tmp_path / "home"))
     monkeypatch.delenv("AZEOTROPE_DATA", raising=False)
     return tmp_path / "home"
 
@@ -74,24 +75,24 @@ def write_gsm8k(folder: Path, train: int = 40, test: int = 40) -> Path:
 
 
 def test_names_of_smollm2(home: Path) -> None:
-    assert smollm2.layers_of("smollm2") is None
-    assert smollm2.layers_of("smollm2:20") == 20
-    assert smollm2.folder_of("smollm2").parent == home
-    assert smollm2.folder_of("smollm2") != smollm2.folder_of("smollm2:20")
-    assert not smollm2.is_name("smollm2:") | smollm2.is_name("smollm2-1.7b")
+    assert packaged.layers_of("smollm2") is None
+    assert packaged.layers_of("smollm2:20") == 20
+    assert packaged.folder_of("smollm2").parent == home
+    assert packaged.folder_of("smollm2") != packaged.folder_of("smollm2:20")
+    assert not packaged.is_packaged("smollm2:") | packaged.is_packaged("smollm2-1.7b")
     for name in ("smollm2:0", "smollm2:30"):
         with pytest.raises(ValueError, match="an early exit keeps 1 to 29"):
-            smollm2.layers_of(name)
+            packaged.layers_of(name)
 
 
 def test_a_name_resolves_once_it_is_converted(home: Path, tiny: models.Loaded) -> None:
     with pytest.raises(FileNotFoundError, match="smollm2:3 is not converted yet"):
         models.resolve("smollm2:3")
-    models.save(tiny, smollm2.folder_of("smollm2:3"))
-    assert models.resolve("smollm2:3") == str(smollm2.folder_of("smollm2:3"))
+    models.save(tiny, packaged.folder_of("smollm2:3"))
+    assert models.resolve("smollm2:3") == str(packaged.folder_of("smollm2:3"))
     assert models.fingerprint("smollm2:3") != "smollm2:3"
     # What exists is used as it is: nothing is installed here that could convert it.
-    assert smollm2.ensure(smollm2.folder_of("smollm2:3"), 3) == smollm2.folder_of("smollm2:3")
+    assert smollm2.ensure(packaged.folder_of("smollm2:3"), 3) == packaged.folder_of("smollm2:3")
 
 
 @torch.no_grad()
@@ -115,9 +116,9 @@ def test_an_early_exit_is_the_same_model_cut_short(tiny: models.Loaded, tmp_path
 def test_an_early_exit_is_cut_from_the_model_that_is_there(
     home: Path, tiny: models.Loaded, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    models.save(tiny, smollm2.folder_of("smollm2"))
+    models.save(tiny, packaged.folder_of("smollm2"))
     monkeypatch.setattr(smollm2, "weights", lambda: Path("unread.gguf"))
-    folder = smollm2.ensure(smollm2.folder_of("smollm2:2"), 2)
+    folder = smollm2.ensure(packaged.folder_of("smollm2:2"), 2)
     assert models.load(str(folder), device="cpu").model.config.num_hidden_layers == 2
 
 
@@ -223,7 +224,7 @@ def test_problems_a_task_does_not_have_are_told_before_the_run(
     task = [f"task={{name: gsm8k, path: {folder}, validation: 16}}"]
     preflight.preflight(settings.load("smollm2_gsm8k", task), convert=False)
     few = settings.load("smollm2_gsm8k", [*task, "teacher_problems=41"])
-    with pytest.raises(ConfigError, match="40 problems in test, fewer than the 41 asked for"):
+    with pytest.raises(ConfigError, match="40 problems in test, fewer than the 41 requested"):
         preflight.preflight(few, convert=False)
     # A head is checked on held-out problems before it is exported, with a floor or without.
     short = settings.load("smollm2_gsm8k", [*task, "task.validation=15"])

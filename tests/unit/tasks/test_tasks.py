@@ -16,8 +16,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from azeotrope.pocket import language
 from azeotrope.pocket.problems import Split, apply, problems
+from azeotrope.problems import Problem
 from azeotrope.tasks import Gsm8kConfig, JsonlConfig, PocketConfig, TaskConfig, answers, build
-from azeotrope.tasks.base import Problem
 from azeotrope.tasks.gsm8k import data_folder
 
 FROZEN = {
@@ -289,7 +289,7 @@ def test_bytes_that_are_not_text_are_a_broken_row(tmp_path: Path) -> None:
 
 
 def test_a_missing_or_empty_file_says_what_is_expected(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"train\.jsonl; expected one JSON object a line"):
+    with pytest.raises(FileNotFoundError, match=r"train\.jsonl; expected one JSON object per line"):
         build(Gsm8kConfig(path=str(tmp_path)))
     gsm8k_folder(tmp_path)
     (tmp_path / "test.jsonl").write_text("\n\n")
@@ -366,7 +366,7 @@ def test_jsonl_name_follows_the_text_and_overlap_is_told(
     assert not caplog.records
     assert build(JsonlConfig(train=str(first), test=str(other))).name == name
     assert build(JsonlConfig(train=str(first), test=str(first))).name != name
-    assert "1 questions of train also stand in test" in caplog.text
+    assert "1 questions of train are also in test" in caplog.text
 
 
 def test_the_name_selects_the_type() -> None:
