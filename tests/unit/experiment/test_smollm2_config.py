@@ -281,7 +281,7 @@ def test_a_report_without_students_says_what_it_does_not_show(tmp_path: Path) ->
     assert "does not show what a defense takes from an attacker" in words[0]
     assert words[1].startswith("The undefended teacher solves, greedy: 2 of 24 problems")
     assert "The teacher kept 50.0 %" in words[3]
-    assert words[4].endswith("The undefended one solves none, so what was kept cannot be said.")
+    assert words[4].endswith("The undefended one solves none, so the utility kept is undefined.")
     note = "doge: a note on the search."
     document = results_document({"name": "bare", "notes": [note]}, rows)
     (tmp_path / "results.json").write_text(json.dumps(document))
