@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from azeotrope import __version__, models
 from azeotrope.attacks.cleanups import base as cleanups
+from azeotrope.defenses.base import strength_label
 from azeotrope.files import write_json
 from azeotrope.report.completions import ScoredCompletion, repeats, summarise
 from azeotrope.report.page import write_report
@@ -223,12 +224,14 @@ def _curves(taught: list[Taught], students: dict[Cell, Stage]) -> list[dict[str,
         for number, head in enumerate(item.heads):
             log = describe(head, "head.json")["log"]
             label = f"{item.label} head, pass {number + 1}"
-            curves.append(_curve(label, "head", log, 0))
+            curves.append({**_curve(label, "head", log, 0), "group": f"{item.label} head"})
     for cell, stage in sorted(students.items(), key=lambda pair: str(pair[0])):
         # Only one of the two acts: variants belong to attacks that are not cleaned up.
         changes = cell.variant if cell.cleanup == "none" else cell.cleanup
-        label = f"{cell.student.name}: {cell.defense} {cell.attack} {changes} n={cell.traces}"
-        curves.append(_curve(label, "student", describe(stage, "student.json")["log"], cell.seed))
+        group = f"{strength_label(cell.defense, cell.strength)} {cell.attack}"
+        label = f"{cell.student.name}: {group} {changes} n={cell.traces}"
+        log = describe(stage, "student.json")["log"]
+        curves.append({**_curve(label, "student", log, cell.seed), "group": group})
     return curves
 
 

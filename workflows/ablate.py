@@ -21,10 +21,11 @@ from rich.console import Console
 from actors import session
 from azeotrope.config import ConfigError, build
 from azeotrope.files import write_json
-from azeotrope.report.figures import Plot, PlotLine
-from azeotrope.report.intervals import Accuracy, mean_accuracy
+from azeotrope.report.drawing import Plot
+from azeotrope.report.intervals import Accuracy
 from azeotrope.report.page import write_report
 from azeotrope.report.rows import ResultRow, read_document
+from experiment.plots import accuracy_line
 from experiment.probes import BEGUN_METRIC
 from experiment.settings import DefenseChoice, ExperimentConfig, load
 from workflows.pipeline import run as run_pipeline
@@ -111,19 +112,7 @@ def plot(rows: Sequence[ResultRow], setting: str, values: Sequence[Any]) -> Plot
         x = float(value) if numbers else float(place)
         for label, measured in _measured(rows, f"{setting}={value}").items():
             lines.setdefault(label, []).append((x, measured))
-    drawn = []
-    for label, points in sorted(lines.items()):
-        points = sorted(points, key=lambda point: point[0])
-        found = [mean_accuracy(measured) for _, measured in points]
-        drawn.append(
-            PlotLine(
-                label=label,
-                x=[x for x, _ in points],
-                y=[item.value for item in found],
-                low=[item.lo for item in found],
-                high=[item.hi for item in found],
-            )
-        )
+    drawn = [accuracy_line(label, points) for label, points in sorted(lines.items())]
     positive = numbers and min(values) > 0
     return Plot(
         name="ablation",

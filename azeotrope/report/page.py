@@ -10,7 +10,8 @@ from jinja2 import Environment, FileSystemLoader
 from pydantic import ValidationError
 
 from azeotrope.config import C, Config, explain
-from azeotrope.report.figures import LossCurve, Plot, figures, plot_figure, save_pngs, svg
+from azeotrope.report.drawing import LossCurve, Plot, plot_figure, save_pngs, svg
+from azeotrope.report.figures import figures
 from azeotrope.report.headlines import headline
 from azeotrope.report.rows import read_document
 from azeotrope.report.summary import plain_words

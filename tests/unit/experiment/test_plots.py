@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from azeotrope.report.figures import Plot, PlotLine, plot_figure
+from azeotrope.report.drawing import Plot, PlotLine, plot_figure
 from azeotrope.report.intervals import Accuracy, mean_accuracy
 from azeotrope.report.rows import ResultRow
 from experiment.plots import plots_of

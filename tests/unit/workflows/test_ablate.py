@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from azeotrope.config import ConfigError
-from azeotrope.report.figures import PlotLine, plot_figure
+from azeotrope.report.drawing import PlotLine, plot_figure
 from azeotrope.report.intervals import Accuracy, mean_accuracy
 from azeotrope.report.rows import ResultRow
 from experiment import settings
