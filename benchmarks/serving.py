@@ -151,7 +151,7 @@ def gateway(label: str, kind: str, source: str, folder: Path, port: int) -> Plan
     (policy := folder / "policy.yaml").write_text(json.dumps(POLICY))  # JSON is YAML
     env = {**os.environ, "AZEOTROPE_HOME": str(folder / "home")}
     env.pop("RAY_ADDRESS", None)  # each has its own Ray
-    cli = [sys.executable, "-m", "workflows.cli"]
+    cli = [sys.executable, "-m", "workflows"]
     keys = [*cli, *"keys create bench --tier standard".split()]
     token = subprocess.check_output(keys, env=env, stderr=subprocess.DEVNULL, text=True).strip()
     settings = [f"port={port}", f"engine={kind}", f"rows={ROWS}", "name=bench"]

@@ -1,7 +1,7 @@
 """Vary one setting, keep the rest, and draw what it does to the teacher and to its thieves.
 
-    python -m workflows.ablate pocket_logits strength 0.03,0.1,0.3
-    python -m workflows.ablate pocket_logits kd_weight 0.25,0.5,0.75,1 seeds=[0]
+    azeotrope ablate pocket_logits strength 0.03,0.1,0.3
+    azeotrope ablate pocket_logits kd_weight 0.25,0.5,0.75,1 seeds=[0]
 
 Settings of the first defense: `strength`, `rank`, `layer`, or any path within it, such as
 `training.rarest`. Settings of the attacks on logits: `kd_weight`, `temperature` (or `tau`). Exams
@@ -10,7 +10,6 @@ without a utility floor, so that the cost of a setting shows.
 """
 
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -152,7 +151,3 @@ def main(name: str, setting: str, values: str, overrides: list[str]) -> None:
     about, rows = read_document(folder / "results.json")
     show(folder, rows, console, notes=about.get("notes", ()))
     session.stop()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], sys.argv[3], sys.argv[4:])

@@ -1,9 +1,8 @@
 """Train the experiment's students on a folder of traces that you have, and examine them.
 
-python -m workflows.attack pocket_demo path/to/traces
+azeotrope attack pocket_demo path/to/traces
 """
 
-import sys
 from pathlib import Path
 
 from rich.console import Console
@@ -56,7 +55,3 @@ def main(name: str, traces: str, overrides: list[str]) -> None:
         )
     console.print(table)
     session.stop()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], sys.argv[3:])

@@ -198,7 +198,3 @@ def _is_expected(error: Exception) -> bool:
 
     names = {"RayStartError", "TrainingError", "WorkerError", "ExportError"}
     return isinstance(error, ConfigError | OSError) or type(error).__name__ in names
-
-
-if __name__ == "__main__":
-    main()

@@ -1,10 +1,9 @@
 """Train and export defended teachers, without attacking them.
 
-python -m workflows.defend pocket_demo
-python -m workflows.defend my_model.yaml defenses.0.parts.0.strength=0.1
+azeotrope defend pocket_demo
+azeotrope defend my_model.yaml defenses.0.parts.0.strength=0.1
 """
 
-import sys
 from pathlib import Path
 
 from rich.console import Console
@@ -55,7 +54,3 @@ def main(name: str, overrides: list[str]) -> None:
         )
     console.print(table)
     session.stop()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2:])

@@ -1,6 +1,6 @@
 """What is wrong with this machine's installation, and the command that mends it.
 
-Run `python -m workflows.doctor`. Nothing heavy is imported and nothing is changed. The exit code
+Run `azeotrope doctor`. Nothing heavy is imported and nothing is changed. The exit code
 is 1 only if something cannot work; a warning is something that works less well.
 """
 
@@ -338,7 +338,3 @@ def _gpus() -> list[str]:
 def _token_path() -> Path:
     given = os.environ.get("RAY_AUTH_TOKEN_PATH")
     return Path(given).expanduser() if given else Path.home() / ".ray" / "auth_token"
-
-
-if __name__ == "__main__":
-    sys.exit(main())

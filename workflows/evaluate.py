@@ -1,9 +1,7 @@
 """Examine any checkpoint on the experiment's test problems, greedily and sampled.
 
-python -m workflows.evaluate pocket_demo pocket/teacher
+azeotrope evaluate pocket_demo pocket/teacher
 """
-
-import sys
 
 from rich.console import Console
 from rich.table import Table
@@ -44,7 +42,3 @@ def main(name: str, model: str, overrides: list[str]) -> None:
     console = Console()
     console.print(run(load(name, overrides), model, console))
     session.stop()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], sys.argv[3:])

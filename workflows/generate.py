@@ -1,10 +1,9 @@
 """Let the teacher of an experiment, or any checkpoint, write traces to Parquet.
 
-python -m workflows.generate pocket_demo
-python -m workflows.generate pocket_demo teacher=path/to/checkpoint traces=5000
+azeotrope generate pocket_demo
+azeotrope generate pocket_demo teacher=path/to/checkpoint traces=5000
 """
 
-import sys
 from pathlib import Path
 
 from rich.console import Console
@@ -31,7 +30,3 @@ def main(name: str, overrides: list[str]) -> None:
     folder = run(load(name, overrides), console)
     console.print(f"traces: {folder}", soft_wrap=True)
     session.stop()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2:])

@@ -1,7 +1,7 @@
 """Defend a teacher, rob it, and report what the defense was worth.
 
-    python -m workflows.pipeline pocket_demo
-    python -m workflows.pipeline pocket_full seeds=[0]
+    azeotrope pipeline pocket_demo
+    azeotrope pipeline pocket_full seeds=[0]
 
 Clean traces, baselines (base student, ground truth only, clean traces, answers only), defended
 traces, students on them, clean-ups, exams; then `results.json`, `report.html` and a table. An
@@ -11,7 +11,6 @@ what is there and ends with the same numbers.
 """
 
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, as_completed, wait
 from dataclasses import dataclass
@@ -390,7 +389,3 @@ def main(name: str, overrides: list[str]) -> None:
     about, rows = read_document(folder / "results.json")
     show(folder, rows, console, notes=about.get("notes", ()))
     session.stop()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2:])

@@ -1,10 +1,8 @@
 """Check a configuration and say what a run of it would do, without a network.
 
-python -m workflows.validate qwen_gpu
-python -m workflows.validate my_model.yaml traces=5000
+azeotrope validate qwen_gpu
+azeotrope validate my_model.yaml traces=5000
 """
-
-import sys
 
 from rich.console import Console
 from rich.table import Table
@@ -68,7 +66,3 @@ def main(name: str, overrides: list[str]) -> None:
     console = Console()
     width = None if console.is_terminal else 150
     Console(width=width).print(run(load(name, overrides)))
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2:])

@@ -44,7 +44,7 @@ def start(folder: Path) -> subprocess.Popen[bytes]:
     config.write_text(yaml.safe_dump(CONFIG))
     with (folder / "log.txt").open("ab") as log:
         return subprocess.Popen(
-            [sys.executable, "-m", "workflows.cli", "pipeline", str(config)],
+            [sys.executable, "-m", "workflows", "pipeline", str(config)],
             cwd=folder,
             stdout=log,
             stderr=log,

@@ -38,7 +38,7 @@ SMALL = [
 
 def run(folder: Path) -> tuple[dict[str, Any], str]:
     done = subprocess.run(
-        [sys.executable, "-m", "workflows.cli", "pipeline", "pocket_logits", *SMALL],
+        [sys.executable, "-m", "workflows", "pipeline", "pocket_logits", *SMALL],
         cwd=folder,
         capture_output=True,
         text=True,

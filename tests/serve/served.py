@@ -100,7 +100,7 @@ def served(folder: Path, *overrides: str, python: str = sys.executable) -> Itera
     """
     source = next((item for item in overrides if "=" not in item), "pocket/teacher")
     port = free_port()
-    command = [python, "-m", "workflows.cli", "serve", source, f"port={port}"]
+    command = [python, "-m", "workflows", "serve", source, f"port={port}"]
     command += [item for item in overrides if "=" in item]
     policy = folder / "policy.yaml"
     if policy.is_file():

@@ -187,7 +187,7 @@ def test_the_command_downloads_nothing_and_writes_nothing(tmp_path: Path) -> Non
     environment = {key: value for key, value in os.environ.items() if key != "AZEOTROPE_DATA"}
     environment |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(cache), "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [sys.executable, "-m", "workflows.cli", "validate", "qwen_gpu"],
+        [sys.executable, "-m", "workflows", "validate", "qwen_gpu"],
         cwd=tmp_path,
         env=environment,
         capture_output=True,

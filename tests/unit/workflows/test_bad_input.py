@@ -435,7 +435,7 @@ def finished_process(tmp_path_factory: pytest.TempPathFactory) -> subprocess.Com
     # Most of the time is imports of a fresh interpreter, which is not what is limited here.
     folder = tmp_path_factory.mktemp("empty")
     return subprocess.run(
-        [sys.executable, "-m", "workflows.cli", "pipeline", "pocket_demo", "sampling.temprature=1",
+        [sys.executable, "-m", "workflows", "pipeline", "pocket_demo", "sampling.temprature=1",
          f"runs={folder}", f"cache={folder / 'cache'}"],
         cwd=ROOT, capture_output=True, text=True, timeout=60,
     )  # fmt: skip
