@@ -121,7 +121,7 @@ def test_unknown_keys_name_the_known_ones(refused, overrides: list[str], expecte
             ["unknown clean-up 'polish'", "correct_only, digits, drop_reasoning"],
         ),
         ("proxies=[]", ["needs at least one proxy", "`proxies` is empty"]),
-        ("task.name=pockets", ["task", "pockets", "'pocket', 'gsm8k', 'jsonl'"]),
+        ("task.name=pockets", ["task", "pockets", "'gsm8k', 'jsonl', 'pocket'"]),
         ("max_length=90", ["max_length 90 leaves no room", "max_new_tokens 96"]),
         ("traces=many", ["traces", "valid integer", "'many'"]),
         ("traces=0", ["traces", "greater than or equal to 1", "got 0"]),
@@ -184,13 +184,13 @@ def test_broken_rows_are_named_by_file_and_line(refused, tmp_path: Path) -> None
     missing = tmp_path / "missing.jsonl"
     message = refused("task.name=jsonl", f"task.train={missing}", f"task.test={good}")
     assert f"no file {missing}" in message
-    assert "one JSON object a line" in message
+    assert "one JSON object per line" in message
 
 
 def test_asking_for_more_problems_than_there_are(refused, tmp_path: Path) -> None:
     few = rows(tmp_path / "few.jsonl", GOOD_ROW, GOOD_ROW, GOOD_ROW)
     message = refused("task.name=jsonl", f"task.train={few}", f"task.test={few}", "traces=5")
-    assert "3 problems in train, fewer than the 5 asked for" in message
+    assert "3 problems in train, fewer than the 5 requested" in message
 
 
 def test_a_proxy_that_shares_no_words_is_refused_before_it_is_loaded(
@@ -342,7 +342,7 @@ def test_every_problem_that_a_run_asks_for_is_counted(refused, tmp_path: Path) -
 
     enough = {"train": 60, "validation": 60, "test": 60}
     found = lacks({**enough, "test": 29})
-    assert "29 problems in test, fewer than the 30 asked for" in found
+    assert "29 problems in test, fewer than the 30 requested" in found
     found = lacks({**enough, "validation": 19})
     assert "19 problems in validation, fewer than the 20 asked for" in found
     # Apart from the thief's 20 problems there are to be 20 with ground truth.
@@ -357,7 +357,7 @@ def test_every_problem_that_a_run_asks_for_is_counted(refused, tmp_path: Path) -
     found = lacks({**enough, "validation": 24}, "probe.information=25")
     assert "24 problems in validation, fewer than the 25 asked for" in found
     found = lacks({**enough, "validation": 29, "test": 1}, "exam_split=validation")
-    assert "29 problems in validation, fewer than the 30 asked for" in found
+    assert "29 problems in validation, fewer than the 30 requested" in found
 
 
 @pytest.mark.parametrize(
