@@ -14,6 +14,7 @@ from azeotrope.defenses.base import strength_label
 from azeotrope.files import write_json
 from azeotrope.report.completions import ScoredCompletion, repeats, summarise
 from azeotrope.report.page import write_report
+from azeotrope.report.paired import PAIRED, PairedTest
 from azeotrope.report.rows import ResultRow, results_document
 from azeotrope.traces import Trace, read_traces
 from experiment.plots import plots_of
@@ -189,6 +190,7 @@ def write_results(
             {"defense": label, "heads": [item["rounds"] for item in items]}
             for label, items in heads
         ],
+        PAIRED: [test.dump() for test in _paired_tests(config, clean, taught)],
         "notes": [*(note for label, items in heads for note in _notes(label, items)), *notes],
     }
     write_json(folder / "results.json", results_document(about, rows))
@@ -196,6 +198,29 @@ def write_results(
     write_json(folder / "plots.json", [plot.dump() for plot in plots_of(rows, heads)])
     write_json(folder / "examples.json", _examples(clean, taught))
     write_report(folder)
+
+
+def _paired_tests(
+    config: ExperimentConfig, clean: Taught, taught: list[Taught]
+) -> list[PairedTest]:
+    """Every defended teacher against the clean one on the problems of the exams."""
+    tests = []
+    for teacher in taught:
+        exams = (
+            ("greedy", clean.greedy, teacher.greedy),
+            (config.sampling.label, clean.sampled, teacher.sampled),
+        )
+        for decoding, before, after in exams:
+            tests.append(
+                PairedTest.of(
+                    {trace.problem: trace.correct for trace in read_traces(before.path)},
+                    {trace.problem: trace.correct for trace in read_traces(after.path)},
+                    defense=teacher.label,
+                    strength=teacher.strength,
+                    decoding=decoding,
+                )
+            )
+    return [test for test in tests if test is not None]
 
 
 def _notes(label: str, heads: list[dict[str, Any]]) -> list[str]:

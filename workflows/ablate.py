@@ -27,8 +27,8 @@ from azeotrope.report.rows import ResultRow, read_document
 from experiment.plots import accuracy_line
 from experiment.probes import BEGUN_METRIC
 from experiment.settings import DefenseChoice, ExperimentConfig, load
+from experiment.terminal import print_findings, wide_console
 from workflows.pipeline import run as run_pipeline
-from workflows.pipeline import show, wide_console
 
 OF_ATTACKS = ("kd_weight", "temperature")
 ALSO_CALLED = {"tau": "temperature"}
@@ -148,6 +148,5 @@ def main(name: str, setting: str, values: str, overrides: list[str]) -> None:
     """What `azeotrope ablate` runs."""
     console = wide_console()
     folder = run(load(name, overrides), setting, yaml.safe_load(f"[{values}]"), console)
-    about, rows = read_document(folder / "results.json")
-    show(folder, rows, console, notes=about.get("notes", ()))
+    print_findings(folder, console)
     session.stop()

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from actors import session
 from azeotrope import __version__
@@ -26,9 +25,6 @@ from azeotrope.attacks import base as attacks
 from azeotrope.attacks.logits import LogitAttack
 from azeotrope.defenses.base import Defense
 from azeotrope.files import write_json
-from azeotrope.report.rows import ResultRow, read_document
-from azeotrope.report.summary import plain_words
-from azeotrope.report.tables import result_table, teacher_table
 from experiment.display import Display
 from experiment.points import write_points
 from experiment.preflight import preflight
@@ -37,8 +33,8 @@ from experiment.results import Cell, Taught, link_stages, rows_of, write_results
 from experiment.settings import DefenseChoice, ExperimentConfig, StudentConfig, load
 from experiment.stages import Stage
 from experiment.steps import Asked, Planned, Request, Steps
+from experiment.terminal import print_findings, wide_console
 
-WIDTH = 150
 QUEUE = 9
 """Students a Ray Train run teaches at most: few enough that no slot idles at the end."""
 LEAST = 2
@@ -359,33 +355,9 @@ def _budgets(config: ExperimentConfig, seed: int) -> tuple[int, ...]:
     return tuple(sorted({config.traces, *(config.budgets if on_curve else ())}))
 
 
-def wide_console() -> Console:
-    """A terminal keeps its width; a log file gets one that holds the table."""
-    console = Console()
-    return console if console.is_terminal else Console(width=WIDTH)
-
-
-def show(
-    folder: Path, rows: list[ResultRow], console: Console, *, notes: Sequence[str] = ()
-) -> None:
-    """The closing table and where the report is."""
-    learned, teachers = result_table(rows), teacher_table(rows)
-    nobody = len(learned) == 1
-    title = "what the teacher still knows" if nobody else "who learned what"
-    header, *body = teachers if nobody else learned
-    table = Table(*header, title=f"{folder.name}: {title}")
-    for line in body:
-        table.add_row(*line)
-    console.print(table)
-    for sentence in (*plain_words(rows), *notes):
-        console.print(f"- {sentence}", markup=False)
-    console.print(f"report: {folder / 'report.html'}", soft_wrap=True)
-
-
 def main(name: str, overrides: list[str]) -> None:
     """What `azeotrope pipeline` runs."""
     console = wide_console()
     folder = run(load(name, overrides), console)
-    about, rows = read_document(folder / "results.json")
-    show(folder, rows, console, notes=about.get("notes", ()))
+    print_findings(folder, console)
     session.stop()

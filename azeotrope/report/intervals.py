@@ -71,30 +71,6 @@ def wilson(successes: int, n: int) -> tuple[float, float]:
     return float(ends.low), float(ends.high)
 
 
-def mcnemar_p(correct_a: Sequence[bool], correct_b: Sequence[bool]) -> float:
-    """Exact two-sided McNemar test that two models solve the same share of the same problems.
-
-    Only the problems that exactly one model solved count; under the null hypothesis each of the
-    two is equally likely to be that model. Without such problems the value is 1.
-
-    Raises:
-        ValueError: if the two lists are not of one length.
-
-    Reference:
-        McNemar 1947, "Note on the sampling error of the difference between correlated proportions
-        or percentages".
-    """
-    if len(correct_a) != len(correct_b):
-        raise ValueError(
-            f"a paired test needs the same problems: {len(correct_a)} against {len(correct_b)}"
-        )
-    only_a = sum(a and not b for a, b in zip(correct_a, correct_b, strict=True))
-    only_b = sum(b and not a for a, b in zip(correct_a, correct_b, strict=True))
-    if only_a + only_b == 0:
-        return 1.0
-    return float(stats.binomtest(only_a, only_a + only_b, 0.5).pvalue)
-
-
 def mean_accuracy(measured: Sequence[Accuracy], *, seed: int = 0) -> Estimate:
     """Mean accuracy over training seeds, with an interval over seeds and problems.
 
@@ -115,8 +91,8 @@ def utility_kept(
     """Accuracy of the defended teacher / accuracy of the clean one; 1 means no harm to users.
 
     The two are drawn independently, which makes the interval wider than needed if both answer the
-    same problems; `mcnemar_p` is the paired test for that case. Undefined if the clean teacher
-    solves nothing.
+    same problems; `paired.PairedTest` is the sharper test for that case. Undefined if the clean
+    teacher solves nothing.
 
     Raises:
         ValueError: if there is no accuracy, or one is not in [0, 1] over at least one problem.

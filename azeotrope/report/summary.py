@@ -5,14 +5,21 @@ from collections.abc import Mapping, Sequence
 from azeotrope.report.headlines import CERTAIN, BestAttack, Headline, best_attacks, headline
 from azeotrope.report.intervals import Accuracy, Estimate, utility_kept
 from azeotrope.report.lines import BASELINE, Line
+from azeotrope.report.paired import PairedTest, find_test
 from azeotrope.report.rows import ResultRow
 from azeotrope.report.tables import defense_cell, percent, teacher_rows, times
 
 
-def plain_words(rows: Sequence[ResultRow], traces: int | None = None) -> list[str]:
+def plain_words(
+    rows: Sequence[ResultRow], traces: int | None = None, paired: Sequence[PairedTest] = ()
+) -> list[str]:
     """The findings in sentences: the best attack on every defense first, then the details.
 
     A run without students says nothing about attackers, so the teacher is described instead.
+
+    Args:
+        traces: the budget to report; the largest that most lines have if it is None.
+        paired: tests of defended teachers, to be told beside utility kept.
     """
     if not any(row.role == "student" for row in rows):
         return _teacher_words(rows)
@@ -22,7 +29,8 @@ def plain_words(rows: Sequence[ResultRow], traces: int | None = None) -> list[st
     for item in headlines:
         if item.is_naive:
             adaptive = [change for change in headlines if _adapts(change, item)]
-            sentences.append(_words(item, _baseline(by_line, item.line), adaptive))
+            test = find_test(paired, item.line.defense, item.line.strength)
+            sentences.append(_words(item, _baseline(by_line, item.line), adaptive, test))
     return [sentence for sentence in sentences if sentence]
 
 
@@ -90,7 +98,12 @@ def _adapts(item: Headline, naive: Headline) -> bool:
     return not item.is_naive and same
 
 
-def _words(item: Headline, baseline: Headline | None, adaptive: Sequence[Headline]) -> str:
+def _words(
+    item: Headline,
+    baseline: Headline | None,
+    adaptive: Sequence[Headline],
+    test: PairedTest | None,
+) -> str:
     line = item.line
     opening = f"Student {line.model}, {line.label}, {item.traces} traces: "
     sentences = [f"{opening}{_effect_words(item)}"]
@@ -98,7 +111,7 @@ def _words(item: Headline, baseline: Headline | None, adaptive: Sequence[Headlin
         sentences.append(_baseline_words(item, baseline))
     sentences.append(_sft_words(item))
     sentences += [f"{_change_words(x.line)}: {_effect(x.gain_removed)}." for x in adaptive]
-    sentences.append(_utility_words(item.utility_kept))
+    sentences.append(_utility_words(item.utility_kept, test))
     if item.price_multiplier.defined:
         price = times(item.price_multiplier).replace(" times", " times as many traces")
         sentences.append(f"For the same accuracy an attacker needs {price}.")
@@ -120,10 +133,10 @@ def _sft_words(item: Headline) -> str:
         return ""
     numbers = f"{percent(student)} against {percent(truth)}"
     if student.overlaps(truth):
-        return f"The attacker's student is as good as with ground truth alone ({numbers})."
+        return f"That student is not clearly different from ground truth alone ({numbers})."
     if student.value < truth.value:
-        return f"The attacker's student is worse than with ground truth alone ({numbers})."
-    return f"The attacker's student is still better than with ground truth alone ({numbers})."
+        return f"That student is worse than with ground truth alone ({numbers})."
+    return f"That student is still better than with ground truth alone ({numbers})."
 
 
 def _effect_words(item: Headline) -> str:
@@ -147,7 +160,7 @@ def _effect(removed: Estimate) -> str:
     return f"the defense removed {gain} of the gain"
 
 
-def _utility_words(kept: Estimate) -> str:
+def _utility_words(kept: Estimate, test: PairedTest | None = None) -> str:
     if not kept.defined:
         return "The accuracy of the defended teacher was not measured."
     if kept == CERTAIN:
@@ -155,7 +168,8 @@ def _utility_words(kept: Estimate) -> str:
     verdict = "" if kept.lo <= 1 <= kept.hi else ", which is less than all of it"
     if kept.lo > 1:
         verdict = ", more than it had"
-    return f"The teacher kept {percent(kept)} of its accuracy{verdict}."
+    paired = "" if test is None else f" (McNemar test on {test.n} problems: p = {test.p:.2g})"
+    return f"The teacher kept {percent(kept)} of its accuracy{verdict}{paired}."
 
 
 def _baseline_words(item: Headline, baseline: Headline) -> str:

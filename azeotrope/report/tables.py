@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from azeotrope.defenses.base import strength_label
 from azeotrope.report.completions import DEGENERACY
-from azeotrope.report.headlines import headline
+from azeotrope.report.headlines import Headline, best_attacks, headline
 from azeotrope.report.intervals import UNDEFINED, Estimate, mean_accuracy
 from azeotrope.report.lines import Index, Line, line_of
 from azeotrope.report.rows import ResultRow
@@ -54,6 +54,40 @@ def result_table(rows: Sequence[ResultRow], traces: int | None = None) -> list[l
     return without(table, {column for column, is_needed in optional.items() if not is_needed})
 
 
+def narrow_result_table(
+    rows: Sequence[ResultRow], traces: int | None = None
+) -> tuple[list[list[str]], str]:
+    """The compact table for narrow places, and a caption with the columns that it leaves out.
+
+    The teacher's accuracy is left out too; `teacher_table` has it.
+    """
+    index = Index(rows, traces)
+    removed = {item.line: item.gain_removed for item in headline(rows, traces)}
+    lines = index.lines()
+    table = [["task", "student", "learned from", "accuracy", "gain removed"]]
+    for line in lines:
+        budget = index.budget(line)
+        is_main = line.attack == "none" or budget == index.traces
+        label = line.label if is_main else f"{line.label}, {budget} traces"
+        accuracy = percent(mean_accuracy(index.measured(line)))
+        gain = percent(removed.get(line, UNDEFINED))
+        table.append([line.task, line.model, label, accuracy, gain])
+    constant = {
+        column
+        for column, values in (
+            ("task", {line.task for line in lines}),
+            ("student", {line.model for line in lines}),
+        )
+        if len(values) == 1
+    }
+    seeds = [len(index.measured(line)) for line in lines if line.stolen] or [1]
+    spread = str(max(seeds)) if min(seeds) == max(seeds) else f"{min(seeds)} to {max(seeds)}"
+    caption = f"{index.traces} traces; seeds per student: {spread}"
+    if "student" in constant and lines:
+        caption = f"student {lines[0].model}; {caption}"
+    return without(table, constant), caption
+
+
 def without(table: Sequence[Sequence[str]], columns: set[str]) -> list[list[str]]:
     """A table without some of its columns, which are named by their header."""
     kept = [position for position, name in enumerate(table[0]) if name not in columns]
@@ -83,6 +117,37 @@ def _teacher_cell(index: Index, line: Line, *, greedy: bool) -> str:
         return "-"
     measured = index.teacher(line, line.defense, greedy=greedy)
     return f"{100 * mean_accuracy(measured).value:.1f} %" if measured else "-"
+
+
+def best_table(headlines: Sequence[Headline]) -> list[list[str]]:
+    """The attacker's best result on every student and defense, beside the naive attack's."""
+    table = [["task", "student", "defense", "best attack", "student accuracy", "gain removed"]]
+    table[0] += ["naive attack", "naive accuracy", "naive gain removed"]
+    for attack in best_attacks(headlines):
+        best, naive = attack.best, attack.naive
+        cells = [best.line.task, best.line.model, best.line.defense_label, best.line.attack_label]
+        cells += [percent(best.student), percent(best.gain_removed)]
+        if naive is None:
+            cells += ["-", "-", "-"]
+        elif naive is best:
+            cells += ["the same", "-", "-"]
+        else:
+            cells += [naive.line.attack_label, percent(naive.student), percent(naive.gain_removed)]
+        table.append(cells)
+    several_tasks = len({line[0] for line in table[1:]}) > 1
+    return without(table, set() if several_tasks else {"task"})
+
+
+def headline_table(headlines: Sequence[Headline]) -> list[list[str]]:
+    """The three headline numbers of every student that learned from defended traces."""
+    table = [["task", "student", "learned from", "traces", "utility kept", "gain removed"]]
+    table[0].append("price multiplier")
+    for item in headlines:
+        cells = [item.line.task, item.line.model, item.line.label, str(item.traces)]
+        cells += [percent(item.utility_kept), percent(item.gain_removed)]
+        table.append([*cells, times(item.price_multiplier)])
+    several_tasks = len({item.line.task for item in headlines}) > 1
+    return without(table, set() if several_tasks else {"task"})
 
 
 def teacher_table(rows: Sequence[ResultRow]) -> list[list[str]]:

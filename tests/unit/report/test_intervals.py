@@ -8,7 +8,6 @@ import pytest
 from azeotrope.report.intervals import (
     Accuracy,
     gain_removed,
-    mcnemar_p,
     mean_accuracy,
     utility_kept,
     wilson,
@@ -36,20 +35,6 @@ def test_quantiles_of_the_draws_are_the_ends_of_the_wilson_interval() -> None:
     ends = wilson_quantile(np.array([0.8]), np.array([10.0]), np.array([-1.959964, 0.0, 1.959964]))
     low, high = wilson(8, 10)
     assert ends == pytest.approx([low, 0.8, high], abs=1e-6)
-
-
-def test_mcnemar_counts_only_the_problems_one_model_solved() -> None:
-    # Six discordant problems, all for one side: 2 / 2^6.
-    correct_a = [True] * 6 + [True] * 20 + [False] * 5
-    correct_b = [False] * 6 + [True] * 20 + [False] * 5
-    assert mcnemar_p(correct_a, correct_b) == pytest.approx(2 / 64)
-    assert mcnemar_p(correct_b, correct_a) == pytest.approx(2 / 64)
-    assert mcnemar_p(correct_a, correct_a) == 1.0
-
-
-def test_mcnemar_refuses_unequal_lists() -> None:
-    with pytest.raises(ValueError, match="2 against 1"):
-        mcnemar_p([True, False], [True])
 
 
 def test_one_seed_gives_the_wilson_interval() -> None:

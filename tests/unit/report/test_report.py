@@ -9,9 +9,10 @@ import pytest
 from azeotrope.report.headlines import headline
 from azeotrope.report.intervals import wilson
 from azeotrope.report.page import word_changes, write_report
+from azeotrope.report.paired import PairedTest
 from azeotrope.report.rows import ResultRow, results_document
 from azeotrope.report.summary import plain_words
-from azeotrope.report.tables import percent, result_table, times
+from azeotrope.report.tables import best_table, percent, result_table, times
 
 
 def accuracy(role: str, correct: int, n: int = 400, **fields: object) -> ResultRow:
@@ -134,6 +135,59 @@ def test_words_for_what_a_clean_up_recovers() -> None:
     )
     words = words_on([*study(60), cleaned], "doge")
     assert "After the clean-up correct_only: no effect" in words
+
+
+def adaptive_study() -> list[ResultRow]:
+    """A defense that a clean-up undoes: 60 of 400 right without it, 238 with it."""
+    cleaned = [
+        accuracy(
+            "student",
+            238,
+            defense="doge",
+            attack="text_sft",
+            cleanup="correct_only",
+            traces=512,
+            seed=seed,
+        )
+        for seed in (0, 1)
+    ]
+    return [*study(60), *cleaned]
+
+
+def test_the_best_attack_is_named_first_beside_the_naive_one(tmp_path: Path) -> None:
+    first, *details = plain_words(adaptive_study())
+    assert first.startswith(
+        "Best attack on doge, student small: text_sft, after correct_only, accuracy 59.5 % ["
+    )
+    assert "the naive attack text_sft reaches 15.0 % [" in first
+    assert not any(words.startswith("Best attack") for words in details)
+    header, baseline, doge = best_table(headline(adaptive_study()))
+    column = {name: position for position, name in enumerate(header)}
+    assert baseline[column["naive attack"]] == "the same"
+    assert doge[column["best attack"]] == "text_sft, after correct_only"
+    assert doge[column["naive attack"]] == "text_sft"
+    page = page_of(tmp_path, adaptive_study())
+    assert page.index("The attacker's best result") < page.index("In plain words")
+
+
+def test_variants_have_a_column_only_where_there_are_some() -> None:
+    rows = adaptive_study()
+    assert "variant" not in result_table(rows)[0]
+    varied = accuracy("student", 90, defense="doge", attack="text_sft", variant="a=1", traces=512)
+    header, *lines = result_table([*rows, varied])
+    column = {name: position for position, name in enumerate(header)}
+    found = [(line[column["variant"]], line[column["clean-up"]]) for line in lines[-3:]]
+    assert found == [("none", "none"), ("none", "correct_only"), ("a=1", "none")]
+    words = words_on([*rows, varied], "doge")
+    assert "After the clean-up correct_only: no effect" in words
+    assert "With a=1: the defense removed" in words
+
+
+def test_the_paired_test_is_told_beside_utility_kept() -> None:
+    test = PairedTest(defense="doge", decoding="greedy", n=400, p=0.0012)
+    words = plain_words(study(140, doge_teacher=270), paired=[test])
+    (doge,) = [sentence for sentence in words if ", doge," in sentence]
+    assert "which is less than all of it (McNemar test on 400 problems: p = 0.0012)." in doge
 
 
 def test_words_when_there_was_nothing_to_steal() -> None:
