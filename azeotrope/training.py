@@ -1,15 +1,15 @@
 """`fit`: one training loop for heads and for students.
 
-Losses return a sum and a count; gradients are summed over the whole accumulation window and over
-all ranks, then divided by the total count. So 4 micro-batches of 1 equal 1 batch of 4, and two
-ranks equal one. The order of samples is a function of the seed and the step alone, so a run that
-was killed and resumed ends with the same weights as one that was not.
+Losses return a sum and a count. Gradients are summed over all micro-batches of a step and over all
+ranks, then divided by the total count. So 4 micro-batches of 1 equal 1 batch of 4, and two ranks
+equal one. The order of samples depends only on the seed and the step, so a run that was killed and
+resumed ends with the same weights as an uninterrupted one.
 """
 
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -32,8 +32,7 @@ STATE = "state.safetensors"
 class TokenSum(NamedTuple):
     """A loss summed over tokens, and how many tokens are in it.
 
-    `parts` are numbers worth plotting beside the loss, such as its terms; nothing is trained on
-    them.
+    `parts` are numbers to plot beside the loss, such as its terms. They have no gradient.
     """
 
     total: Float[Tensor, ""]
@@ -49,8 +48,8 @@ class FitConfig(Config):
     """Optimisation settings. The defaults suit the pocket students."""
 
     steps: int = Field(default=300, ge=1, description="optimizer steps")
-    batch_size: int = Field(default=16, ge=1, description="samples a step, over all ranks")
-    accumulation: int = Field(default=1, ge=1, description="micro-batches a step, on each rank")
+    batch_size: int = Field(default=16, ge=1, description="samples per step, over all ranks")
+    accumulation: int = Field(default=1, ge=1, description="micro-batches per step, on each rank")
     learning_rate: float = Field(default=3e-3, gt=0)
     warmup: float = Field(
         default=0.1, ge=0, lt=1, description="share of the steps with a rising rate"
@@ -65,7 +64,7 @@ class FitConfig(Config):
 
 @dataclass(frozen=True)
 class LogEntry:
-    """What is worth plotting of one step; `loss` is nats a token.
+    """The numbers of one step to plot; `loss` is in nats per token.
 
     `parts` are means over the step's micro-batches, as the first rank saw them.
     """
@@ -99,35 +98,27 @@ def fit(
     config: FitConfig,
     *,
     checkpoint: Path | None = None,
-    on_checkpoint: Callable[[int, Path], None] | None = None,
     on_step: Callable[[LogEntry], None] | None = None,
     identify: Callable[[Item], str] = str,
 ) -> FitResult:
-    """Minimise the mean loss a token with AdamW.
+    """Minimise the mean loss per token with AdamW.
 
     Args:
-        parameters: what is trained; they are changed in place.
-        data: an indexable set of samples, repeated in a new order every epoch.
-        loss: a differentiable sum over the tokens of some samples. It may call `backward` itself
-            on parts and return a detached total, when a graph of the whole would be too large.
-        checkpoint: a folder to resume from if it holds a state, and to save the state to.
-        on_checkpoint: called after each save with the step and the folder.
+        parameters: they are trained in place.
+        data: samples by index, repeated in a new order every epoch.
+        loss: a differentiable sum over the tokens of some samples. If a graph of the whole would be
+            too large, it may call `backward` itself on parts and return a detached total.
+        checkpoint: a folder for the state: it is resumed from there, and saved there.
         on_step: called every `log_every` steps.
-        identify: names a sample in an error.
+        identify: the name of a sample, for errors.
 
     Raises:
-        ValueError: if there is no data, or the batch does not divide over ranks and accumulation.
+        ValueError: if there is no data, the batch does not divide over ranks and accumulation, or
+            the saved state belongs to another model.
         NonFiniteLossError: at the first loss or gradient that is not finite; nothing is saved.
     """
     world, rank = _world()
-    parts = world * config.accumulation
-    if len(data) == 0:
-        raise ValueError("there is nothing to train on: the data set is empty")
-    if config.batch_size % parts:
-        raise ValueError(
-            f"batch_size {config.batch_size} must be a multiple of accumulation x ranks = "
-            f"{config.accumulation} x {world}"
-        )
+    _check_sizes(len(data), config, world)
     optimizer = torch.optim.AdamW(
         parameters, lr=config.learning_rate, weight_decay=config.weight_decay
     )
@@ -137,62 +128,87 @@ def fit(
     result = FitResult(done.step, done.tokens, done.seconds, list(done.log))
     started = time.perf_counter() - done.seconds
     batches = sample_order(len(data), config.batch_size, config.seed)
+    parts = world * config.accumulation
     for step in range(config.steps):
         chosen = next(batches)
         if step < done.step:
             continue
-        # Dropout, if there is any, draws the same in a resumed run.
+        # Dropout, if there is any, draws the same numbers in a resumed run.
         torch.manual_seed(config.seed * 1_000_003 + step)
-        micro = [chosen[part::parts] for part in range(rank, parts, world)]
-        total, count = torch.zeros((), dtype=torch.float64), 0
-        parts_seen: list[Mapping[str, float]] = []
-        for indices in micro:
-            items = [data[index] for index in indices]
-            part_sum = loss(items)
-            if not torch.isfinite(part_sum.total):
-                names = ", ".join(identify(item) for item in items)
-                raise NonFiniteLossError(
-                    f"the loss is {part_sum.total.item()} at step {step} on samples {names}; "
-                    "lower the learning rate or the strength"
-                )
-            if part_sum.total.requires_grad:
-                part_sum.total.backward()
-            total += part_sum.total.detach().double().cpu()
-            count += part_sum.count
-            parts_seen.append(part_sum.parts)
-        total, count = _sum_over_ranks(parameters, total, count, world)
+        micro = ([data[i] for i in chosen[part::parts]] for part in range(rank, parts, world))
+        summed = _add_gradients(micro, loss, step, identify)
+        total, count = _sum_over_ranks(parameters, summed.total, summed.count, world)
         norm = _normalise(parameters, count, config.clip, step)
-        rate = config.learning_rate * rate_at(step, config)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        rate = _update(optimizer, config, step)
         result.steps, result.tokens = step + 1, result.tokens + count
         last = result.steps == config.steps
         if result.steps % config.log_every == 0 or last:
-            loss_mean = float(total) / max(count, 1)
-            entry = LogEntry(result.steps, loss_mean, rate, norm, _means(parts_seen))
-            result.log.append(entry)
+            mean = float(total) / max(count, 1)
+            result.log.append(LogEntry(result.steps, mean, rate, norm, dict(summed.parts)))
             if on_step is not None:
-                on_step(entry)
+                on_step(result.log[-1])
         if checkpoint is not None and (result.steps % config.checkpoint_every == 0 or last):
             result.seconds = time.perf_counter() - started
             if rank == 0:
                 _save(parameters, optimizer, checkpoint, result)
-            if on_checkpoint is not None:
-                on_checkpoint(result.steps, checkpoint)
     result.seconds = time.perf_counter() - started
     return result
 
 
+def _check_sizes(samples: int, config: FitConfig, world: int) -> None:
+    if samples == 0:
+        raise ValueError("there is nothing to train on: the data set is empty")
+    if config.batch_size % (world * config.accumulation):
+        raise ValueError(
+            f"batch_size {config.batch_size} must be a multiple of accumulation x ranks = "
+            f"{config.accumulation} x {world}"
+        )
+
+
+def _add_gradients(
+    micro_batches: Iterable[list[Item]],
+    loss: Callable[[list[Item]], TokenSum],
+    step: int,
+    identify: Callable[[Item], str],
+) -> TokenSum:
+    """Add the gradients of this rank's micro-batches; the sum of their losses, parts averaged."""
+    total, count = torch.zeros((), dtype=torch.float64), 0
+    parts: list[Mapping[str, float]] = []
+    for samples in micro_batches:
+        part_sum = loss(samples)
+        if not torch.isfinite(part_sum.total):
+            names = ", ".join(identify(sample) for sample in samples)
+            raise NonFiniteLossError(
+                f"the loss is {part_sum.total.item()} at step {step} on samples {names}; "
+                "lower the learning rate or the strength"
+            )
+        if part_sum.total.requires_grad:
+            part_sum.total.backward()
+        total += part_sum.total.detach().double().cpu()
+        count += part_sum.count
+        parts.append(part_sum.parts)
+    return TokenSum(total, count, _means(parts))
+
+
 def _means(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The mean of each named number over the micro-batches that have it."""
     names = dict.fromkeys(name for part in parts for name in part)
-    found = {name: [part[name] for part in parts if name in part] for name in names}
-    return {name: sum(values) / len(values) for name, values in found.items()}
+    values = {name: [part[name] for part in parts if name in part] for name in names}
+    return {name: sum(numbers) / len(numbers) for name, numbers in values.items()}
+
+
+def _update(optimizer: torch.optim.Optimizer, config: FitConfig, step: int) -> float:
+    """One optimizer step at this step's learning rate, which is returned."""
+    rate = config.learning_rate * rate_at(step, config)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return rate
 
 
 def sample_order(size: int, batch_size: int, seed: int) -> Iterator[list[int]]:
-    """Endless batches of indices: a fresh permutation each epoch, a batch may span two."""
+    """Endless batches of indices: a new permutation each epoch; a batch may span two epochs."""
     generator = torch.Generator().manual_seed(seed)
     waiting: list[int] = []
     while True:
@@ -235,7 +251,7 @@ def _sum_over_ranks(
     if world == 1:
         return total, count
     for parameter in parameters:
-        # Every rank must take part in every reduction, a rank without tokens included.
+        # Every rank must join every reduction, or the others wait for ever: one without tokens too.
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
         torch.distributed.all_reduce(parameter.grad)
@@ -283,7 +299,8 @@ def _resume(
     for key, value in tensors.items():
         name, _, index = key.rpartition(".")
         parameter = parameters[int(index)]
-        placed = value if name == "step" else value.to(parameter.device)
-        optimizer.state[parameter][name] = placed
+        # AdamW keeps its step count on the CPU, whatever the device of the moments.
+        moved = value if name == "step" else value.to(parameter.device)
+        optimizer.state[parameter][name] = moved
     log = [LogEntry(**entry) for entry in described["log"]]
     return _Progress(described["step"], described["tokens"], described["seconds"], log)

@@ -344,18 +344,18 @@ def test_every_problem_that_a_run_asks_for_is_counted(refused, tmp_path: Path) -
     found = lacks({**enough, "test": 29})
     assert "29 problems in test, fewer than the 30 requested" in found
     found = lacks({**enough, "validation": 19})
-    assert "19 problems in validation, fewer than the 20 asked for" in found
+    assert "19 problems in validation, fewer than the 20 requested" in found
     # Apart from the thief's 20 problems there are to be 20 with ground truth.
     found = lacks({**enough, "train": 39}, "defenses.0.training.apart=true")
-    assert "39 problems in train, fewer than the 40 asked for" in found
+    assert "39 problems in train, fewer than the 40 requested" in found
     # A lesson is always apart, and its exam asks 50 problems.
     lesson = "defenses.0.lesson={traces: 25, attacks: [{name: alpha}]}"
     found = lacks({**enough, "train": 44}, lesson)
-    assert "44 problems in train, fewer than the 45 asked for" in found
+    assert "44 problems in train, fewer than the 45 requested" in found
     found = lacks({**enough, "validation": 49}, lesson)
-    assert "49 problems in validation, fewer than the 50 asked for" in found
+    assert "49 problems in validation, fewer than the 50 requested" in found
     found = lacks({**enough, "validation": 24}, "probe.information=25")
-    assert "24 problems in validation, fewer than the 25 asked for" in found
+    assert "24 problems in validation, fewer than the 25 requested" in found
     found = lacks({**enough, "validation": 29, "test": 1}, "exam_split=validation")
     assert "29 problems in validation, fewer than the 30 requested" in found
 
