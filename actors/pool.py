@@ -13,12 +13,12 @@ from actors.resources import Resources, Slots
 
 
 class WorkerError(RuntimeError):
-    """An actor met bad data or a full disk; the message is the one it raised."""
+    """An actor failed because of bad data or a full disk; the message is the one it raised."""
 
 
 @dataclass(frozen=True)
 class Link:
-    """One kind of actor in the chain, and what each is constructed with."""
+    """One kind of actor in the chain, and the arguments of its constructor."""
 
     actor: type
     arguments: dict[str, Any] = field(default_factory=dict)
@@ -33,14 +33,14 @@ def run_jobs(
 ) -> None:
     """Push every job (a JSON text) through every link, in order.
 
-    Actors write their own files and do so idempotently; what flows on is the job itself.
+    Actors write their own files, and writing twice gives the same file. They pass the job on.
 
     Args:
         on_done: called with the number of jobs finished since the last call.
 
     Raises:
-        WorkerError: the first error of an actor that its user can do something about.
-        Exception: any other, as it came.
+        WorkerError: the first ValueError or OSError of an actor.
+        Exception: any other error of an actor, unchanged.
     """
     if not jobs:
         return
@@ -49,13 +49,13 @@ def run_jobs(
     context.print_on_execution_start = False
     context.verbose_stats_logs = False
     slots = Slots.of(resources).generation(resources, len(jobs))
-    # All links of a chain live at once, so together they ask for what one worker may have.
+    # All links of a chain run at once, so together they request the resources of one worker.
     workers = max(1, slots // len(chain))
     cpus, gpus = resources.cpus / len(chain), resources.gpus / len(chain)
     data = ray.data.from_items([{"job": job} for job in jobs], override_num_blocks=len(jobs))
     with warnings.catch_warnings():
-        # Ray 2.60 warns about these two, and has no named parameters for them yet; without
-        # them an actor that dies of the same cause every time is restarted for ever.
+        # Ray 2.60 warns about the last two but has no named parameters for them yet. Without them
+        # Ray restarts an actor for ever that dies from the same cause every time.
         warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
         for link in chain:
             data = data.map_batches(
@@ -80,13 +80,13 @@ def run_jobs(
 
 
 def _reason(error: BaseException | None) -> Exception | None:
-    """The innermost error of a chain, if it is of a kind whose message is for the user."""
-    found: Exception | None = None
+    """The innermost ValueError or OSError of a chain: their messages are for the user."""
+    innermost: Exception | None = None
     while error is not None:
         inner = getattr(error, "cause", None)
         if isinstance(inner, ValueError | OSError):
-            found = inner
+            innermost = inner
         if isinstance(error, ValueError | OSError) and not isinstance(error, RayError):
-            found = error
+            innermost = error
         error = inner if isinstance(inner, BaseException) else error.__cause__
-    return found
+    return innermost

@@ -1,4 +1,4 @@
-"""What each role asks of the cluster, on CPU and on GPU: the one place that says so."""
+"""The resources that each role requests from the cluster, on CPU and on GPU."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,10 @@ from azeotrope.config import Config, ConfigError
 
 
 class Resources(Config):
-    """Per-process requests. On a CPU one thread a process beats one process with many."""
+    """Requests per process.
+
+    On a CPU, many processes of one thread each are faster than one process of many threads.
+    """
 
     num_cpus: float | None = Field(default=None, description="CPUs of a local Ray; null takes all")
     cpus: float = Field(default=1.0, gt=0, description="of each worker")
@@ -17,7 +20,7 @@ class Resources(Config):
     generation_workers: int | None = Field(default=None, ge=1, description="null fills the cluster")
     workers_per_head: int = Field(default=1, ge=1, description="ranks that train one head")
     workers_per_student: int = Field(default=1, ge=1, description="ranks that train one student")
-    restarts: int = Field(default=3, ge=0, description="times a dead worker is started again")
+    restarts: int = Field(default=3, ge=0, description="how often a dead worker is restarted")
 
 
 @dataclass(frozen=True)
@@ -28,28 +31,29 @@ class Slots:
 
     @classmethod
     def of(cls, resources: Resources) -> "Slots":
-        """Count them.
+        """The number of workers of this size on the connected cluster.
 
         Raises:
-            ConfigError: if not even one fits: it would wait for ever.
+            ConfigError: if a single training run does not fit, because it would wait for ever.
         """
-        have = ray.cluster_resources()
-        cpus, gpus = have.get("CPU", 0.0), have.get("GPU", 0.0)
+        available = ray.cluster_resources()
+        cpus, gpus = available.get("CPU", 0.0), available.get("GPU", 0.0)
         fit = int(cpus // resources.cpus)
         if resources.gpus > 0:
             fit = min(fit, int(gpus / resources.gpus))
-        most = max(resources.workers_per_head, resources.workers_per_student)
-        if fit < most:
+        needed = max(resources.workers_per_head, resources.workers_per_student)
+        if fit < needed:
             raise ConfigError(
-                f"one training run asks for {most} x ({resources.cpus:g} CPU, "
+                f"one training run requests {needed} x ({resources.cpus:g} CPU, "
                 f"{resources.gpus:g} GPU) but the cluster has {cpus:g} CPU and {gpus:g} GPU; "
                 "lower `resources` or start more nodes"
             )
         return cls(fit)
 
     def generation(self, resources: Resources, jobs: int) -> int:
-        wanted = resources.generation_workers or self.workers
-        return max(1, min(wanted, self.workers, jobs))
+        """Workers that generate side by side."""
+        requested = resources.generation_workers or self.workers
+        return max(1, min(requested, self.workers, jobs))
 
     def students(self, resources: Resources) -> int:
         """Students that train side by side."""

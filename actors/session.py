@@ -1,4 +1,4 @@
-"""One Ray instance a run: local unless an address is given, on loopback, no dashboard."""
+"""One Ray instance per run: local unless RAY_ADDRESS is set, on loopback, without a dashboard."""
 
 import logging
 import os
@@ -17,10 +17,10 @@ from azeotrope.tasks import gsm8k
 logger = logging.getLogger(__name__)
 ATTEMPTS = 3
 _QUIET = {
-    # Train and Data write their own progress; the driver shows one bar for all of them.
+    # Train and Data print progress of their own; the driver shows one bar for all of it.
     "RAY_BACKEND_LOG_LEVEL": "fatal",
     "RAY_TRAIN_METRICS_ENABLED": "0",
-    # Placement is checked beforehand; a worker may still wait for another stage to end.
+    # Placement is checked beforehand, but a worker may have to wait until another stage ends.
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "3600",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_DEDUP_LOGS": "1",
@@ -29,7 +29,7 @@ _QUIET = {
 }
 _ANNOUNCEMENT = b"Set ray log level from environment variable RAY_BACKEND_LOG_LEVEL"
 _WORKER_ENV = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
-# A machine of one's own is never taken away, and each of Train's companions is one more process.
+# Nobody preempts a local machine, and this watcher would be one more process for each run.
 _LOCAL = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
 
 
@@ -41,7 +41,7 @@ def start(resources: Resources, *, offline: bool) -> None:
     """Connect to the cluster in RAY_ADDRESS, or start a local one; does nothing if connected.
 
     Args:
-        offline: forbid workers to reach a model hub.
+        offline: forbid workers to use a model hub.
 
     Raises:
         RayStartError: after three attempts.
@@ -50,42 +50,56 @@ def start(resources: Resources, *, offline: bool) -> None:
         return
     for key, value in _QUIET.items():
         os.environ.setdefault(key, value)
-    env = dict(_WORKER_ENV) if offline else {k: v for k, v in _WORKER_ENV.items() if k[:2] != "HF"}
-    root = str(Path(__file__).resolve().parent.parent)
-    # A cluster that runs already has the environment it was started in, not this one.
-    data = gsm8k.data_folder()
-    env |= {variable("data"): str(data.resolve())} if data is not None else {}
-    env["PYTHONPATH"] = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH")) if p)
+    variables = _worker_variables(offline)
     address = os.environ.get("RAY_ADDRESS")
     last: Exception | None = None
     for _ in range(ATTEMPTS):
         try:
             with _announcement_hidden():
-                if address:
-                    ray.init(address, runtime_env={"env_vars": env}, log_to_driver=False)
-                else:
-                    # Children inherit the environment; a runtime_env would start every one anew.
-                    os.environ.update(_LOCAL | env)
-                    ray.init(
-                        num_cpus=int(resources.num_cpus) if resources.num_cpus else None,
-                        include_dashboard=False,
-                        log_to_driver=False,
-                        logging_level=logging.ERROR,
-                    )
+                _connect(address, resources, variables)
             _tighten_token()
             _silence()
             return
         except (OSError, RuntimeError, ValueError, ConnectionError) as error:
             last = error
             ray.shutdown()
-    where = f"the cluster at {address}" if address else "a local Ray"
+    target = f"the cluster at {address}" if address else "a local Ray"
     raise RayStartError(
-        f"could not reach {where} after {ATTEMPTS} attempts: {last}. Run `azeotrope doctor`; if "
+        f"could not reach {target} after {ATTEMPTS} attempts: {last}. Run `azeotrope doctor`; if "
         "the machine is busy try again, and if an old instance hangs stop it by its pid"
     ) from last
 
 
+def _worker_variables(offline: bool) -> dict[str, str]:
+    """Environment variables of the workers: a running cluster does not have this process's own."""
+    variables = dict(_WORKER_ENV)
+    if not offline:
+        del variables["HF_HUB_OFFLINE"]
+    data = gsm8k.data_folder()
+    if data is not None:
+        variables[variable("data")] = str(data.resolve())
+    root = str(Path(__file__).resolve().parent.parent)
+    paths = (root, os.environ.get("PYTHONPATH"))
+    variables["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
+    return variables
+
+
+def _connect(address: str | None, resources: Resources, variables: dict[str, str]) -> None:
+    if address:
+        ray.init(address, runtime_env={"env_vars": variables}, log_to_driver=False)
+        return
+    # Workers inherit this environment. With a runtime_env Ray would start each of them anew.
+    os.environ.update(_LOCAL | variables)
+    ray.init(
+        num_cpus=int(resources.num_cpus) if resources.num_cpus else None,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+    )
+
+
 def stop() -> None:
+    """Disconnect, and end Ray if it is local."""
     if ray.is_initialized():
         ray.shutdown()
 
@@ -112,7 +126,7 @@ def _announcement_hidden() -> Iterator[None]:
 
 
 def _tighten_token() -> None:
-    """A local Ray writes its token readable by everyone; nobody else needs it."""
+    """Make the token of a local Ray private: Ray writes it readable for all users."""
     token = Path.home() / ".ray" / "auth_token"
     if token.is_file() and stat.S_IMODE(token.stat().st_mode) & 0o077:
         token.chmod(0o600)

@@ -1,7 +1,7 @@
 """Ray Train runs: one worker loop around `fit`, for heads and for students.
 
-A run's name carries the hash of its whole configuration, because in Ray Train a name is a lineage:
-the same name with another configuration would take up the wrong run.
+The caller puts a hash of the whole configuration into a run's name. Ray Train resumes a run by its
+name, so the same name with another configuration would resume the wrong run.
 """
 
 import json
@@ -28,12 +28,12 @@ STATE = "state"
 
 
 class TrainingError(RuntimeError):
-    """A training run ended with an error of its own making: bad data, or a loss gone wrong."""
+    """Training failed because of its data or its loss, so that another attempt would fail too."""
 
 
 @dataclass(frozen=True)
-class Task:
-    """One training: what to do, as plain data, and the folder that gets the results."""
+class TrainingTask:
+    """One training: its job as plain data, and the folder for its results."""
 
     label: str
     job: dict[str, Any]
@@ -41,28 +41,28 @@ class Task:
 
 
 def train(
-    kind: Kind, tasks: Sequence[Task], *, name: str, storage: Path, resources: Resources
+    kind: Kind, tasks: Sequence[TrainingTask], *, name: str, storage: Path, resources: Resources
 ) -> None:
     """Run trainings one after another in one group of workers; results are in their folders.
 
-    Starting workers costs more than teaching a tiny student, so one run takes a queue of them.
-    The state of the training in hand is in its folder, on storage that all workers see: whoever
-    is killed, the next attempt skips what is finished and goes on from the last saved step.
+    Starting workers takes longer than training a tiny student, so one run takes a queue of them.
+    The state of the current training is in its folder, on storage that all workers can read. If a
+    worker is killed, the next attempt skips what is finished and resumes from the last saved step.
 
     Args:
-        name: the lineage; must change whenever the tasks do.
+        name: of the run; it must change whenever the tasks do.
         storage: where Ray Train keeps its own records, and where progress is written.
 
     Raises:
-        TrainingError: if a task itself is at fault (no retry helps), or workers failed more often
-            than they may be started again.
-        ray.train.ControllerError: if Ray Train itself could not go on.
+        TrainingError: if a task has bad data or a bad loss, or workers failed more often than they
+            may be restarted.
+        ray.train.ControllerError: if Ray Train itself failed.
     """
     for task in tasks:
         Path(task.folder).mkdir(parents=True, exist_ok=True)
         (Path(task.folder) / FAILURE).unlink(missing_ok=True)
     workers = resources.workers_per_head if kind == "head" else resources.workers_per_student
-    asked = {"CPU": resources.cpus} | ({"GPU": resources.gpus} if resources.gpus else {})
+    per_worker = {"CPU": resources.cpus} | ({"GPU": resources.gpus} if resources.gpus else {})
     trainer = TorchTrainer(
         _loop,
         train_loop_config={
@@ -71,13 +71,13 @@ def train(
             "progress": str(storage / PROGRESS),
         },
         scaling_config=ScalingConfig(
-            num_workers=workers, use_gpu=resources.gpus > 0, resources_per_worker=asked
+            num_workers=workers, use_gpu=resources.gpus > 0, resources_per_worker=per_worker
         ),
         run_config=RunConfig(
             name=name,
             storage_path=str(storage),
-            # A request that can never start is refused before this point; a controller that
-            # still cannot place its workers must not retry for ever.
+            # Requests that the cluster can never satisfy were refused before this point. If the
+            # controller cannot place its workers even so, it must not retry for ever.
             failure_config=FailureConfig(
                 max_failures=resources.restarts, controller_failure_limit=resources.restarts
             ),
@@ -86,7 +86,7 @@ def train(
     try:
         trainer.fit()
     except ray.train.WorkerGroupError as error:
-        # A full disk, for one: what the workers raised says more than that they failed.
+        # The workers' own errors, a full disk for example, say more than that they failed.
         reasons = {str(reason) for reason in error.worker_failures.values()}
         raise TrainingError(
             f"training failed {resources.restarts + 1} times: {'; '.join(sorted(reasons))}"
@@ -98,7 +98,7 @@ def train(
 
 
 def is_finished(kind: Kind, folder: Path) -> bool:
-    """A task's description is the last file it writes."""
+    """Whether a task has written its description, which is always its last file."""
     return (folder / FINISHED[kind]).is_file()
 
 
@@ -106,7 +106,7 @@ def _loop(config: dict[str, Any]) -> None:
     kind: Kind = config["kind"]
     rank = ray.train.get_context().get_world_rank()
     use_one_thread_on_cpu()
-    tasks = [Task(**item) for item in config["tasks"]]
+    tasks = [TrainingTask(**fields) for fields in config["tasks"]]
     work = heads.run if kind == "head" else students.run
     for number, task in enumerate(tasks):
         folder = Path(task.folder)
@@ -116,7 +116,7 @@ def _loop(config: dict[str, Any]) -> None:
         try:
             work(task.job, folder, folder / STATE, rank=rank, progress=report)
         except (ValueError, ArithmeticError) as error:
-            # Deterministic: another attempt would fail in the same way.
+            # Data and seeds are fixed, so another attempt would fail in the same way.
             if rank == 0:
                 (folder / FAILURE).write_text(str(error))
             return
@@ -127,7 +127,7 @@ def _loop(config: dict[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class _Reporter:
-    """Writes what a progress bar needs, from the first rank only."""
+    """Writes the state of the progress bar, from the first rank only."""
 
     path: Path
     rank: int

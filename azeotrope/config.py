@@ -1,4 +1,4 @@
-"""Frozen, typed configuration: YAML says what differs, `key.sub=value` overrides, typos fail."""
+"""Frozen, typed configuration: YAML for differences, `key.sub=value` overrides, no typos."""
 
 import hashlib
 import json
@@ -26,7 +26,7 @@ class Config(BaseModel):
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot be used; the message says what was given and what is allowed."""
+    """A configuration that cannot be used; the message has the value and what is allowed."""
 
 
 def load(kind: type[C], path: Path, overrides: Sequence[str] = ()) -> C:
@@ -49,12 +49,12 @@ def load(kind: type[C], path: Path, overrides: Sequence[str] = ()) -> C:
 def build(
     kind: type[C], data: Mapping[str, Any], overrides: Sequence[str] = (), *, source: str = ""
 ) -> C:
-    """Validate plain data, after dotted overrides, and explain what does not fit.
+    """Apply dotted overrides to plain data, validate the result, and explain what does not fit.
 
     Raises:
         ConfigError: one line for each problem, with the allowed keys where a key is unknown.
     """
-    # YAML reads some plain words as dates; they go back to being words.
+    # YAML reads some plain words as dates; they become words again.
     merged = json.loads(json.dumps(dict(data), default=str))
     for override in overrides:
         _start_from_default(kind, merged, override)
@@ -114,14 +114,14 @@ def digest(value: Any) -> str:
 
 
 def _start_from_default(kind: type[BaseModel], data: dict[str, Any], override: str) -> None:
-    """Put the default in place of a list, or the kind of a union, of which a part is overridden."""
+    """If a part of a list or of a union is overridden, write its default first."""
     first, *rest = override.partition("=")[0].split(".")
     field = kind.model_fields.get(first)
     if not rest or first in data or field is None:
         return
     default = field.get_default(call_default_factory=True)
     if isinstance(default, tuple | list):
-        data[first] = [item.dump() if isinstance(item, Config) else item for item in default]
+        data[first] = [entry.dump() if isinstance(entry, Config) else entry for entry in default]
     elif isinstance(default, dict):
         data[first] = dict(default)
     elif isinstance(field.discriminator, str):
@@ -129,19 +129,19 @@ def _start_from_default(kind: type[BaseModel], data: dict[str, Any], override: s
 
 
 def _set(data: dict[str, Any], override: str) -> None:
-    key, found, text = override.partition("=")
-    if not found or not key:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
         raise ConfigError(f"an override is key.sub=value, got {override!r}")
     *parents, last = key.split(".")
-    here: Any = data
+    node: Any = data
     for depth, part in enumerate(parents):
-        if isinstance(here, list):
-            here = _item(here, part, key)
+        if isinstance(node, list):
+            node = _entry(node, part, key)
             continue
-        if here.get(part) is None:
-            here[part] = {}
-        here = here[part]
-        if not isinstance(here, dict | list):
+        if node.get(part) is None:
+            node[part] = {}
+        node = node[part]
+        if not isinstance(node, dict | list):
             raise ConfigError(
                 f"{'.'.join(parents[: depth + 1])} is a value, so {key} cannot be set"
             )
@@ -149,34 +149,34 @@ def _set(data: dict[str, Any], override: str) -> None:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"the value of {key} is not valid YAML: {text!r}") from error
-    if isinstance(here, list):
-        _item(here, last, key)
-        here[int(last)] = value
+    if isinstance(node, list):
+        _entry(node, last, key)
+        node[int(last)] = value
     else:
-        here[last] = value
+        node[last] = value
 
 
-def _item(items: list[Any], part: str, key: str) -> Any:
-    if not part.isdigit() or int(part) >= len(items):
-        raise ConfigError(f"{key}: {part!r} is not an index into a list of {len(items)}")
-    return items[int(part)]
+def _entry(entries: list[Any], part: str, key: str) -> Any:
+    if not part.isdigit() or int(part) >= len(entries):
+        raise ConfigError(f"{key}: {part!r} is not an index into a list of {len(entries)}")
+    return entries[int(part)]
 
 
 def _allowed(kind: type[BaseModel], path: Sequence[Any]) -> list[str]:
-    """The fields of the nested model that an error path points into."""
-    here = [kind]
+    """The fields of the nested model that an error's path leads to."""
+    models = [kind]
     for part in path:
         if isinstance(part, int):
             continue
-        fields = [model.model_fields[part] for model in here if part in model.model_fields]
+        fields = [model.model_fields[part] for model in models if part in model.model_fields]
         if fields:
-            here = [model for field in fields for model in _models_in(field.annotation)]
+            models = [model for field in fields for model in _models_in(field.annotation)]
         else:
-            # Where there are several kinds, a path names the one that was chosen; else it is the
-            # name of an item, and the item's own type is known already.
-            kinds = [m for m in here if part in [f.default for f in m.model_fields.values()]]
-            here = kinds or here
-    return sorted({name for model in here for name in model.model_fields})
+            # In a union this part of the path is the chosen model's name. In a mapping it is a key,
+            # and the type of the mapping's values is already in `models`.
+            chosen = [m for m in models if part in [f.default for f in m.model_fields.values()]]
+            models = chosen or models
+    return sorted({name for model in models for name in model.model_fields})
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:

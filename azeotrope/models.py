@@ -1,7 +1,6 @@
 """Load, untie and save models as plain Hugging Face checkpoints: safetensors, no remote code."""
 
 import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from azeotrope import packaged
 
-# One bar a run is enough; thousands of small loads would bury it.
+# A run shows one progress bar of its own; a bar for each of thousands of loads would hide it.
 disable_progress_bar()
 POCKET = Path(__file__).parent / "pocket" / "weights"
 
@@ -38,8 +37,8 @@ class Loaded:
 def resolve(name: str) -> str:
     """The folder or hub name behind a model's name.
 
-    `pocket/NAME` is a checkpoint shipped here; `smollm2` and `smollm2:LAYERS` are converted once
-    from an installed package, which the workflows do before anything else.
+    `pocket/NAME` is a checkpoint of this package. `smollm2` and `smollm2:LAYERS` must have been
+    converted from an installed package: the caller does that, as every workflow does at its start.
 
     Raises:
         FileNotFoundError: if a pocket model or a folder does not exist, or holds no checkpoint.
@@ -48,10 +47,8 @@ def resolve(name: str) -> str:
     if name.startswith("pocket/"):
         folder = POCKET / name.removeprefix("pocket/")
         if not (folder / "config.json").is_file():
-            known = sorted(path.parent.name for path in POCKET.glob("*/config.json"))
-            raise FileNotFoundError(
-                f"no pocket model {name!r}; there are {', '.join('pocket/' + k for k in known)}"
-            )
+            names = sorted(f"pocket/{path.parent.name}" for path in POCKET.glob("*/config.json"))
+            raise FileNotFoundError(f"no pocket model {name!r}; there are {', '.join(names)}")
         return str(folder)
     if packaged.is_packaged(name):
         folder = packaged.folder_of(name)
@@ -77,12 +74,15 @@ def fingerprint(name: str) -> str:
     """A hash of the checkpoint's files, so that a stage knows when a model has changed.
 
     A hub name is its own fingerprint: nothing is downloaded to compute it.
+
+    Raises:
+        FileNotFoundError: if a checkpoint that should be on this machine is missing.
     """
-    place = Path(resolve(name))
-    if not place.is_dir():
+    folder = Path(resolve(name))
+    if not folder.is_dir():
         return name
     digest = hashlib.sha256()
-    for path in sorted(place.iterdir()):
+    for path in sorted(folder.iterdir()):
         if path.suffix in {".safetensors", ".json", ".jinja", ".model"} and path.name not in {
             "training.json"
         }:
@@ -108,12 +108,12 @@ def load(
     Raises:
         FileNotFoundError: if the checkpoint is missing.
     """
-    place = resolve(name)
+    source = resolve(name)
     device = torch.device(device) if device is not None else default_device()
     if dtype is None:
         dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     tokenizer = load_tokenizer(name)
-    model = AutoModelForCausalLM.from_pretrained(place, dtype=dtype, use_safetensors=True)
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True)
     model.to(device).eval()  # type: ignore[arg-type]
     return Loaded(model, tokenizer)
 
@@ -133,7 +133,11 @@ def context_length(name: str) -> int:
 
 
 def head_of(model: PreTrainedModel) -> nn.Linear:
-    """The output head, the only part that head defenses change."""
+    """The output head, the only part that head defenses change.
+
+    Raises:
+        ValueError: if it is not a plain linear layer.
+    """
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear):
         raise ValueError(
@@ -149,7 +153,7 @@ def is_tied(model: PreTrainedModel) -> bool:
 
 
 def untie(model: PreTrainedModel) -> None:
-    """Give the output head a weight of its own, so that changing it leaves the embedding alone."""
+    """Give the output head its own weight, so that a change of it leaves the embedding alone."""
     if is_tied(model):
         head = head_of(model)
         head.weight = nn.Parameter(head.weight.detach().clone())
@@ -160,7 +164,7 @@ def untie(model: PreTrainedModel) -> None:
 
 
 def save(loaded: Loaded, folder: Path) -> None:
-    """Write a plain checkpoint that any engine loads.
+    """Write a plain checkpoint that any engine can load.
 
     Raises:
         ValueError: if the model has LoRA layers, whose names no engine knows.
@@ -176,20 +180,15 @@ def attach_lora(
     loaded: Loaded,
     rank: int,
     alpha: float,
-    dropout: float = 0.0,
-    targets: str | Sequence[str] = "all-linear",
+    dropout: float,
 ) -> Loaded:
-    """Freeze a model and add low-rank matrices to train in its stead: W + (alpha / rank) B A.
+    """Freeze a model in place and add low-rank matrices to train: W + (alpha / rank) B A.
 
-    B starts at zero, so the model computes what it did; A is drawn from torch's global generator.
-    The given model is changed in place. Train the parameters that require a gradient, then call
-    `merge_lora` before saving.
-
-    Args:
-        targets: names of linear layers, or `all-linear` for all but the output head.
+    B starts at zero, so the model computes the same as before; A is drawn from torch's global
+    generator. Train the parameters that require a gradient, then call `merge_lora` before saving.
 
     Raises:
-        ValueError: if the rank is not positive, no layer has such a name, or the model has LoRA.
+        ValueError: if the rank is not positive, or the model has LoRA.
 
     Reference:
         Hu et al. 2021, "LoRA", arXiv:2106.09685.
@@ -204,7 +203,8 @@ def attach_lora(
         r=rank,
         lora_alpha=alpha,  # type: ignore[arg-type]  # peft divides by the rank; a float is fine
         lora_dropout=dropout,
-        target_modules=targets if isinstance(targets, str) else list(targets),
+        # All linear layers but the output head.
+        target_modules="all-linear",
         task_type="CAUSAL_LM",
     )
     # Layers are put into the model itself: peft's wrapper is no PreTrainedModel.
@@ -213,7 +213,7 @@ def attach_lora(
 
 
 def merge_lora(loaded: Loaded) -> Loaded:
-    """Fold the low-rank matrices into the weights: a plain model again, ready to save.
+    """Fold the low-rank matrices into the weights, so that the model is plain again.
 
     Raises:
         ValueError: if the model has no LoRA, or a merged weight is not finite.
@@ -230,7 +230,7 @@ def merge_lora(loaded: Loaded) -> Loaded:
             layer.merge(safe_merge=True)
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, layer.get_base_layer())
-    # transformers would save adapters alone while it sees their configuration.
+    # While transformers sees this configuration, it saves the adapters only.
     if hasattr(model, "peft_config"):
         del model.peft_config
     model.requires_grad_(True)

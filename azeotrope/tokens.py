@@ -1,8 +1,8 @@
-"""From text to aligned tensors: the only place that shifts.
+"""From text to aligned tensors. No other module shifts targets against inputs.
 
-Outside this module, index t of logits, targets and masks speaks of the same predicted token.
-Masks are found from characters: a token is *reasoning* or *answer* only if it lies wholly
-inside that span, so a token that straddles a boundary belongs to neither.
+Outside this module, index t of logits, targets and masks refers to the same predicted token.
+Masks come from characters: a token is *reasoning* or *answer* only if it lies wholly inside that
+span, so a token across a boundary belongs to neither.
 """
 
 import re
@@ -25,7 +25,7 @@ class Boundary(Config):
     """Where reasoning ends and the answer begins (DOGe, arXiv:2505.19504, section 3)."""
 
     open_tag: str = Field(
-        default="<think>", description="opens the reasoning; may stand in the prompt"
+        default="<think>", description="opens the reasoning; it may be in the prompt"
     )
     close_tag: str = Field(default="</think>", description="closes the reasoning")
     answer_pattern: str = Field(
@@ -34,9 +34,9 @@ class Boundary(Config):
     )
     unmarked: Literal["none", "reasoning"] = Field(
         default="none",
-        description="what a completion without tags and without an answer's first words is: "
-        "`none` leaves it alone; `reasoning` takes it for reasoning throughout, for models that "
-        "are cut off or forget to mark the answer, which may then stand in the reasoning",
+        description="how a completion with neither tags nor an answer's first words is treated: "
+        "`none` leaves it alone; `reasoning` treats all of it as reasoning, for models that are "
+        "cut off or forget to mark the answer, which may then be part of the reasoning",
     )
 
 
@@ -53,7 +53,7 @@ class Span:
 
 @dataclass(frozen=True)
 class Example:
-    """One prompt and its completion as token ids, with a flag per completion token."""
+    """One prompt and its completion as token ids, with two flags per completion token."""
 
     id: str
     prompt: tuple[int, ...]
@@ -69,8 +69,8 @@ class Example:
 class Batch:
     """Aligned tensors: `targets[b, t]` is the token that `input_ids[b, :t + 1]` predicts.
 
-    Rows are padded on the right. Under causal attention a real token never sees the padding, so
-    no attention mask is needed; `mask` is False on the prompt and on the padding.
+    Rows are padded on the right. Under causal attention no real token sees the padding, so no
+    attention mask is needed. `mask` is False on the prompt and on the padding.
     """
 
     ids: tuple[str, ...]
@@ -91,15 +91,15 @@ class Batch:
 def spans(text: str, boundary: Boundary) -> tuple[Span, Span]:
     """The reasoning and the answer of a completion, as character spans; tags belong to neither.
 
-    With both tags, reasoning lies between them. With only the closing tag the opening one stood
-    in the prompt; with only the opening tag the completion was cut and has no answer. Without
-    tags the answer starts at the first match of `answer_pattern`. Where nothing matches, both
-    are empty unless `unmarked` says otherwise: a defense must not act where the answer might be.
+    With both tags, reasoning lies between them. With only the closing tag, the opening one was in
+    the prompt. With only the opening tag, the completion was cut off and has no answer. Without
+    tags, the answer starts at the first match of `answer_pattern`. If nothing matches, both are
+    empty unless `unmarked` says otherwise: a defense must not change what may be the answer.
     """
     opened = text.find(boundary.open_tag) if boundary.open_tag else -1
     closed = text.find(boundary.close_tag) if boundary.close_tag else -1
     if 0 <= closed < opened:
-        # The block opened in the prompt; what opens afterwards stands where the answer might be.
+        # The block was opened in the prompt; a tag after its end may be part of the answer.
         opened = -1
     elif opened >= 0 and boundary.close_tag:
         closed = text.find(boundary.close_tag, opened + len(boundary.open_tag))
@@ -116,7 +116,7 @@ def spans(text: str, boundary: Boundary) -> tuple[Span, Span]:
 
 
 def without_reasoning(text: str, boundary: Boundary) -> str:
-    """What is left of a completion when the provider hides its reasoning."""
+    """The rest of a completion if the provider hides its reasoning."""
     _, answer = spans(text, boundary)
     return text[answer.start : answer.end].strip()
 
@@ -150,19 +150,22 @@ def encode(
     finished: bool = True,
     id: str = "",
 ) -> Example:
-    """A conversation and the completion to learn, tokenized apart and then joined.
+    """A conversation and the completion to learn, tokenized separately and then joined.
 
     Args:
         finished: add the end-of-sequence token, which is learned like any other. False for a
-            completion that was cut, so that nobody learns to stop there.
+            completion that was cut off, so that no student learns to stop there.
 
     Raises:
-        ValueError: if the whole is longer than `max_length` tokens, or nothing is left to learn.
+        ValueError: if both together are longer than `max_length` tokens, or the completion is
+            empty.
     """
     prompt = encode_prompt(tokenizer, messages)
     encoded = tokenizer(completion, add_special_tokens=False, return_offsets_mapping=True)
     ids, offsets = list(encoded["input_ids"]), list(encoded["offset_mapping"])
-    return _example(tokenizer, prompt, ids, offsets, completion, boundary, max_length, finished, id)
+    eos = _eos(tokenizer) if finished else None
+    example = _marked(id, prompt, ids, spans(completion, boundary), completion, offsets, eos)
+    return _checked(example, max_length)
 
 
 def from_ids(
@@ -174,22 +177,26 @@ def from_ids(
     max_length: int,
     id: str = "",
 ) -> Example:
-    """The same for token ids that a model wrote itself, end-of-sequence token included or not."""
+    """The same for token ids that a model wrote itself, with or without an end-of-sequence token.
+
+    Raises:
+        ValueError: if both together are longer than `max_length` tokens, or the completion is
+            empty.
+    """
     ids = list(completion)
-    finished = bool(ids) and ids[-1] == tokenizer.eos_token_id
-    if finished:
+    eos = _eos(tokenizer) if ids and ids[-1] == tokenizer.eos_token_id else None
+    if eos is not None:
         ids = ids[:-1]
     text = decode(tokenizer, ids)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     if list(encoded["input_ids"]) == ids:
         offsets = list(encoded["offset_mapping"])
     else:
-        # The model wrote the text with other tokens than the tokenizer would have chosen.
+        # The model wrote the text with different tokens than its tokenizer makes of the text.
         ends = [len(decode(tokenizer, ids[: i + 1])) for i in range(len(ids))]
         offsets = list(zip([0, *ends[:-1]], ends, strict=True))
-    return _example(
-        tokenizer, tuple(prompt), ids, offsets, text, boundary, max_length, finished, id
-    )
+    example = _marked(id, tuple(prompt), ids, spans(text, boundary), text, offsets, eos)
+    return _checked(example, max_length)
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
@@ -197,44 +204,49 @@ def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
     return tokenizer.decode(list(ids), skip_special_tokens=True)  # type: ignore[return-value]
 
 
-def _example(
-    tokenizer: PreTrainedTokenizerBase,
+def _eos(tokenizer: PreTrainedTokenizerBase) -> int:
+    return int(tokenizer.eos_token_id)  # type: ignore[arg-type]
+
+
+def _marked(
+    id: str,
     prompt: tuple[int, ...],
     ids: list[int],
-    offsets: list[tuple[int, int]],
+    parts: tuple[Span, Span],
     text: str,
-    boundary: Boundary,
-    max_length: int,
-    finished: bool,
-    id: str,
+    offsets: list[tuple[int, int]],
+    eos: int | None,
 ) -> Example:
-    reasoning, answer = spans(text, boundary)
+    """Flag each token of a completion by its characters; `eos` is added as part of the answer."""
+    reasoning, answer = parts
     in_reasoning = [reasoning.covers(*_trim(text, start, end)) for start, end in offsets]
     in_answer = [answer.covers(*_trim(text, start, end)) for start, end in offsets]
-    if finished:
-        ids, in_reasoning = [*ids, int(tokenizer.eos_token_id)], [*in_reasoning, False]  # type: ignore[arg-type]
-        in_answer = [*in_answer, True]
-    if not ids:
-        raise ValueError(f"trace {id!r} has an empty completion; drop it before training")
-    example = Example(id, prompt, tuple(ids), tuple(in_reasoning), tuple(in_answer))
+    if eos is not None:
+        ids, in_reasoning, in_answer = [*ids, eos], [*in_reasoning, False], [*in_answer, True]
+    return Example(id, prompt, tuple(ids), tuple(in_reasoning), tuple(in_answer))
+
+
+def _checked(example: Example, max_length: int) -> Example:
+    if not example.completion:
+        raise ValueError(f"trace {example.id!r} has an empty completion; drop it before training")
     if len(example) > max_length:
         raise ValueError(
-            f"trace {id!r} has {len(prompt)} prompt and {len(ids)} completion tokens, "
-            f"{len(example)} in all, but the context holds {max_length}; "
+            f"trace {example.id!r} has {len(example.prompt)} prompt and {len(example.completion)} "
+            f"completion tokens, {len(example)} in all, but the context holds {max_length}; "
             "raise max_length or drop the trace"
         )
     return example
 
 
 def _trim(text: str, start: int, end: int) -> tuple[int, int]:
-    """Leave out the white space that many tokenizers glue to the front of a token."""
+    """Leave out the white space that many tokenizers put at the front of a token."""
     while start < end - 1 and text[start].isspace():
         start += 1
     return start, end
 
 
 def collate(examples: Sequence[Example], pad_id: int) -> Batch:
-    """Pad on the right and shift by one; the last token of a row is only ever a target."""
+    """Pad on the right and shift by one; the last token of a row is a target only."""
     width = max(len(example) for example in examples) - 1
     shape = (len(examples), width)
     input_ids = torch.full(shape, pad_id, dtype=torch.long)

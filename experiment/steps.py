@@ -65,8 +65,8 @@ class Planned:
     label: str
 
     @property
-    def task(self) -> trainer.Task:
-        return trainer.Task(self.label, self.job, str(self.stage.partial))
+    def task(self) -> trainer.TrainingTask:
+        return trainer.TrainingTask(self.label, self.job, str(self.stage.partial))
 
 
 _LESSON = {

@@ -1,1 +1,1 @@
-"""The embedded default: a frozen word-problem benchmark and a family of tiny checkpoints."""
+"""The embedded benchmark: fixed word problems and a family of tiny checkpoints."""

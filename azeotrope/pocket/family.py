@@ -1,7 +1,7 @@
-"""The pocket family: who is in it, how large it is, and what it has been taught.
+"""The pocket family of models: its members, their sizes and their training.
 
-Teacher and bases are trained from scratch by `pretrain.py`. A base has seen only easy problems
-(no value above 10) in digits: it knows the language and the procedure, not the larger facts.
+`pretrain.py` trains teacher and bases from scratch. A base has seen easy problems only (no value
+above 10), in digits: it knows the language and the procedure, but no arithmetic of larger numbers.
 """
 
 from dataclasses import dataclass
@@ -74,8 +74,8 @@ def _teacher(steps: int, schedule: Literal["constant", "linear"], words: float, 
 
 
 FAMILY: tuple[Member, ...] = (
-    # Both notations are learned well first; then words become rare, so that the plain teacher
-    # writes digits when it takes the likeliest token, and a defense is free to change that.
+    # Both notations are learned well first. Then words become rare, so that the undefended teacher
+    # writes digits when it takes the likeliest token, and a defense can change that.
     Member(
         "teacher", "teacher", "qwen2", "word", 4, 160, 5, 416,
         (_teacher(1300, "constant", 0.4, 0.1), _teacher(600, "linear", 0.1, 0.0)),

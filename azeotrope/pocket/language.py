@@ -1,8 +1,8 @@
-"""How reasoning is written: the phrasings a teacher knows, and human-like ground truth with slips.
+"""The wording of reasoning: phrasings of the teacher, and ground truth with human-like slips.
 
 The teacher knows two notations for the numbers in its reasoning, digits (`12`) and words
-(`twelve`). Both are equally easy to read and lead to the same `#### 12`; the bases have only
-ever seen digits. This is the harmless freedom a text defense can use.
+(`twelve`). Both are equally easy to read and lead to the same `#### 12`, but the bases have seen
+digits only. A text defense can use this freedom without harm to the reader.
 """
 
 import re
@@ -57,7 +57,7 @@ def write_number(value: int, notation: Notation) -> str:
 
 
 def digits_for_words(text: str) -> str:
-    """Undo the words notation, as a thief who looks at the traces would."""
+    """Replace number words by digits, as an attacker who looks at the traces would."""
     return _WORD.sub(lambda match: str(WORDS.index(match[1])), text)
 
 
@@ -71,8 +71,8 @@ def reasoning(
     """A completion: reasoning in `<think>` tags, then `#### answer`.
 
     Args:
-        slip: the probability that a step's result is off by one or two; the error carries on, as
-            it does in cheap human labels.
+        slip: the probability that a step's result is off by one or two. Later steps continue with
+            the wrong number, as in cheap human labels.
     """
 
     def write(value: int) -> str:

@@ -1,8 +1,8 @@
 """Train the whole pocket family from scratch: `python -m azeotrope.pocket.pretrain`.
 
 Writes each member's checkpoint, tokenizer and `training.json` (seed, settings, loss curve and
-measured accuracy) to `weights/NAME`. One thread a process; members may be trained side by side
-by naming them on the command line.
+measured accuracy) to `weights/NAME`. A process uses one thread. Members that are named on the
+command line can be trained side by side.
 """
 
 import argparse
@@ -44,12 +44,12 @@ def main() -> None:
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.set_num_threads(1)
-    known = {member.name: member for member in FAMILY}
-    unknown = set(arguments.members) - set(known)
+    family = {member.name: member for member in FAMILY}
+    unknown = set(arguments.members) - set(family)
     if unknown:
-        parser.error(f"unknown members {sorted(unknown)}; the family is {', '.join(known)}")
+        parser.error(f"unknown members {sorted(unknown)}; the family is {', '.join(family)}")
     for name in arguments.members:
-        train(known[name], arguments.output / name)
+        train(family[name], arguments.output / name)
 
 
 def train(member: Member, folder: Path) -> None:

@@ -1,13 +1,13 @@
-"""Seeded multi-step word problems whose every step is one small arithmetic fact.
+"""Seeded word problems of several steps; each step is one small arithmetic fact.
 
-A problem starts from a value and applies additions, subtractions and doublings; all values
-stay in 0..20. Problems with a value above 10 are *full*; the others are *easy*, and are all a
-student base has ever seen. A full problem therefore asks for the same procedure with facts the
-base lacks, so distillation teaches facts and accuracy grows smoothly with the number of traces.
+A problem starts from a value and applies additions, subtractions and doublings; all values stay in
+0..20. Problems with a value above 10 are *full*, the others *easy*. A student base has seen easy
+problems only. So a full problem needs a procedure that the base knows and facts that it lacks.
+Distillation teaches the facts, and accuracy grows smoothly with the number of traces.
 
-The splits of `pocket-v1` are disjoint by construction: the arithmetic of a problem (start
-and steps, names aside) is hashed, and the hash decides the split. Only `Random.random()`,
-whose stream Python guarantees across versions, is drawn from, so the text is frozen.
+The splits of `pocket-v1` are disjoint by construction: the arithmetic of a problem (start and
+steps, without names) is hashed, and the hash decides the split. All choices are drawn from
+`Random.random()`, whose stream Python guarantees across versions, so the text never changes.
 """
 
 import hashlib
@@ -116,7 +116,7 @@ def problems(
     Args:
         difficulty: `full` keeps only problems with a value above 10; `easy` only the others.
         steps: the least and greatest number of steps.
-        seed: 0 is `pocket-v1`; another seed gives fresh problems of the same split.
+        seed: 0 is `pocket-v1`; another seed gives new problems of the same split.
     """
     rng = Random(f"{VERSION}:{split}:{difficulty}:{steps[0]}-{steps[1]}:{seed}")
     seen: set[str] = set()
@@ -125,7 +125,7 @@ def problems(
         problem = _draw(rng, row, difficulty, steps)
         key = problem.arithmetic
         is_full = max(problem.values) > EASY_LARGEST
-        # Easy one-step problems are few: repeats are let through, or the stream would end.
+        # There are few easy one-step problems: without repeats the stream would end.
         repeated = key in seen and difficulty == "full"
         if split_of(key) != split or repeated or is_full != (difficulty == "full"):
             continue

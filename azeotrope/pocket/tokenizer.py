@@ -1,8 +1,8 @@
 """Two Hugging Face fast tokenizers with one chat template: whole words, and byte-pair pieces.
 
-`word` gives each word and each number 0..20 one token; the teacher, the proxies and the
-students of its family use it. `pieces` is a byte-pair encoding with digits apart, so that
-one student reads the same text through another vocabulary.
+`word` gives each word and each number 0..20 one token; the teacher, the proxies and the students of
+its family use it. `pieces` is a byte-pair encoding with single digits, so that one student reads
+the same text with another vocabulary.
 """
 
 from random import Random
@@ -29,7 +29,7 @@ _PUNCTUATION = Regex(r"[.?]")
 
 
 def _words() -> list[str]:
-    """Every word the generator can write, found by expanding its templates."""
+    """Every word that the generator can write, from its templates."""
     fields = {"name": "joe", "things": "eggs", "v": "1", "k": "1", "a": "1", "c": "1"}
     templates = [
         *STARTS,
@@ -85,7 +85,7 @@ def _build_pieces() -> Tokenizer:
 
 
 def build(kind: Kind) -> PreTrainedTokenizerFast:
-    """The tokenizer, made from the generator alone: no corpus, nothing downloaded."""
+    """The tokenizer, built from the generator only: no corpus and no download."""
     backend = _build_word() if kind == "word" else _build_pieces()
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend,

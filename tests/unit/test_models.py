@@ -47,10 +47,10 @@ def logits(loaded: models.Loaded) -> torch.Tensor:
 
 @torch.no_grad()
 def shake(loaded: models.Loaded, name: str) -> None:
-    """Move every parameter with this in its name, as training would."""
+    """Change every parameter with this in its name, as training would."""
     generator = torch.Generator().manual_seed(1)
-    for found, parameter in loaded.model.named_parameters():
-        if name in found:
+    for full_name, parameter in loaded.model.named_parameters():
+        if name in full_name:
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
 
 
@@ -161,7 +161,7 @@ def test_a_merged_lora_is_a_plain_model(tied: models.Loaded, tmp_path: Path) -> 
     with pytest.raises(ValueError, match="call merge_lora before saving"):
         models.save(lora, tmp_path)
     with pytest.raises(ValueError, match="has LoRA layers already"):
-        models.attach_lora(lora, rank=1, alpha=1.0)
+        models.attach_lora(lora, rank=1, alpha=1.0, dropout=0.0)
     assert (expected - before).abs().max() > 1e-2
     merged = models.merge_lora(lora)
     torch.testing.assert_close(logits(merged), expected, atol=1e-5, rtol=0)
@@ -173,20 +173,11 @@ def test_a_merged_lora_is_a_plain_model(tied: models.Loaded, tmp_path: Path) -> 
     assert not any("lora" in name for name, _ in again.model.named_parameters())
 
 
-def test_lora_on_chosen_layers(tied: models.Loaded) -> None:
-    lora = models.attach_lora(tied, rank=2, alpha=2.0, dropout=0.0, targets=["q_proj"])
-    trained = [name for name, p in lora.model.named_parameters() if p.requires_grad]
-    assert len(trained) == 2 * SIZES["num_hidden_layers"]
-    assert all("q_proj" in name for name in trained)
-
-
 def test_lora_refusals(tied: models.Loaded) -> None:
     with pytest.raises(ValueError, match="rank must be at least 1, got 0"):
         models.attach_lora(tied, rank=0, alpha=1.0, dropout=0.0)
     with pytest.raises(ValueError, match="has no LoRA to merge; call attach_lora first"):
         models.merge_lora(tied)
-    with pytest.raises(ValueError, match="nowhere"):
-        models.attach_lora(tied, rank=1, alpha=1.0, dropout=0.0, targets=["nowhere"])
 
 
 def test_resolve_says_what_was_expected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
