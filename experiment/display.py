@@ -1,4 +1,4 @@
-"""What a person sees while a workflow runs: one live block of bars with the time left."""
+"""The terminal while a workflow runs: one live block of progress bars with the time left."""
 
 import json
 import threading
@@ -21,7 +21,7 @@ POLL_S = 0.5
 
 
 class Display:
-    """Thread-safe progress: several stages may be under way at once."""
+    """Thread-safe progress bars: several stages may run at the same time."""
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console()
@@ -78,7 +78,7 @@ class Display:
 
     @contextmanager
     def starting_ray(self) -> Iterator[None]:
-        """Only one thread starts Ray; it says so, because the start takes seconds."""
+        """Let one thread start Ray and announce it, because the start takes seconds."""
         with self._ray:
             if not self._ray_is_up:
                 self.say("[dim]starting Ray[/dim]")

@@ -1,4 +1,4 @@
-"""What a run leaves behind: rows of results, curves, examples, and the report made of them."""
+"""The outcome of a run: rows of results, curves, examples, and the report made of them."""
 
 import os
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ EXAMPLES = 12
 
 @dataclass(frozen=True)
 class Cell:
-    """One student to train: on what, how many, cleaned how, with which seed."""
+    """One student to train: the traces, the attack with its variant and clean-ups, and the seed."""
 
     student: StudentConfig
     defense: str
@@ -41,7 +41,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Taught:
-    """What a defense produced: the traces a thief gets and the teacher's own exams."""
+    """What a defense produced: the traces that an attacker observes and the teacher's own exams."""
 
     choice: DefenseChoice | None
     traces: Stage
@@ -55,18 +55,18 @@ class Taught:
 
     @property
     def checkpoint(self) -> str | None:
-        """The exported teacher; None where the weights are the undefended ones."""
+        """The exported teacher; None if the weights are the undefended ones."""
         return str(self.heads[-1].path / "teacher") if self.heads else None
 
     @property
     def strength(self) -> float:
         """The strength in force: for a searched head the one that was accepted last."""
-        found = [describe(stage, "head.json") for stage in self.heads]
-        if not found:
+        passes = [describe(stage, "head.json") for stage in self.heads]
+        if not passes:
             return self.choice.strength if self.choice else 0.0
-        # Whatever was trained before the undefended head was taken again is gone.
-        start = max((i for i, head in enumerate(found) if head.get("undefended")), default=0)
-        return max(head["strength"] for head in found[start:])
+        # A pass that ended with the undefended head discards the passes before it.
+        start = max((i for i, head in enumerate(passes) if head.get("undefended")), default=0)
+        return max(head["strength"] for head in passes[start:])
 
 
 def rows_of(
@@ -234,11 +234,13 @@ def _notes(label: str, heads: list[dict[str, Any]]) -> list[str]:
                 f"{label}: the undefended teacher solved none of the held-out problems of the "
                 f"utility floor ({missed}), so the floor asked nothing of the defended one there."
             )
-        if rounds and not any(item["accepted"] for item in rounds):
-            kept = "that of the undefended teacher" if head.get("undefended") else "the one it had"
+        if rounds and not any(attempt["accepted"] for attempt in rounds):
+            exported = (
+                "that of the undefended teacher" if head.get("undefended") else "the one it had"
+            )
             notes.append(
                 f"{label}: none of {len(rounds)} rounds kept the utility floor, so the head that "
-                f"this pass exported is {kept}."
+                f"this pass exported is {exported}."
             )
     return notes
 
@@ -272,26 +274,26 @@ def _curve(label: str, kind: str, log: list[list[float]], seed: int) -> dict[str
 
 
 def _examples(clean: Taught, taught: list[Taught]) -> list[dict[str, Any]]:
-    shown: list[dict[str, Any]] = []
-    before = read_traces(clean.sampled.path)[:EXAMPLES]
-    for item in taught:
-        after = {trace.id: trace for trace in read_traces(item.sampled.path)}
-        for trace in before:
-            other = after[trace.id]
-            shown.append(
-                {
-                    "question": trace.question,
-                    "answer": trace.reference,
-                    "clean": trace.text,
-                    "defended": other.text,
-                    "defense": item.label,
-                }
-            )
-    return shown
+    """The first sampled answers of the clean teacher beside those of each defended one."""
+    examples: list[dict[str, Any]] = []
+    clean_traces = read_traces(clean.sampled.path)[:EXAMPLES]
+    for teacher in taught:
+        defended = {trace.id: trace.text for trace in read_traces(teacher.sampled.path)}
+        examples += [
+            {
+                "question": trace.question,
+                "answer": trace.reference,
+                "clean": trace.text,
+                "defended": defended[trace.id],
+                "defense": teacher.label,
+            }
+            for trace in clean_traces
+        ]
+    return examples
 
 
 def link_stages(folder: Path, stages: list[Stage]) -> None:
-    """Links from the run folder to its stages in the shared cache."""
+    """Link the stages of a run, which lie in the shared cache, from its folder."""
     links = folder / "stages"
     links.mkdir(parents=True, exist_ok=True)
     for stage in stages:

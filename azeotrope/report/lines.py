@@ -131,9 +131,9 @@ class Index:
         An attack is compared with its plain form, or with its own variant if that is all there is.
         """
         for variant in dict.fromkeys(("none", line.variant)):
-            wanted = (line.task, line.model, "none", attack or line.attack, variant, "none")
+            line_key = (line.task, line.model, "none", attack or line.attack, variant, "none")
             for candidate in self.curves:
-                if (*candidate[:3], *candidate[4:]) == wanted:
+                if (*candidate[:3], *candidate[4:]) == line_key:
                     return candidate
         return None
 

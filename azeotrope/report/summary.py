@@ -84,9 +84,9 @@ def _baseline(headlines: Mapping[Line, Headline], line: Line) -> Headline | None
     """The same attack on the teacher that hides its reasoning."""
     if line.defense == BASELINE:
         return None
-    wanted = line._replace(defense=BASELINE, strength=None)
+    baseline_line = line._replace(defense=BASELINE, strength=None)
     for candidate, item in headlines.items():
-        if candidate._replace(strength=None) == wanted:
+        if candidate._replace(strength=None) == baseline_line:
             return item
     return None
 
