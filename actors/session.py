@@ -29,7 +29,7 @@ _QUIET = {
 }
 _ANNOUNCEMENT = b"Set ray log level from environment variable RAY_BACKEND_LOG_LEVEL"
 _WORKER_ENV = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
-# Nobody preempts a local machine, and this watcher would be one more process for each run.
+# A local machine is not preempted, and this watcher would be one more process for each run.
 _LOCAL = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
 
 

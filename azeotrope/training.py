@@ -122,9 +122,7 @@ def fit(
     optimizer = torch.optim.AdamW(
         parameters, lr=config.learning_rate, weight_decay=config.weight_decay
     )
-    done = _Progress(0, 0, 0.0, [])
-    if checkpoint is not None and (checkpoint / STATE).is_file():
-        done = _resume(parameters, optimizer, checkpoint)
+    done = _resume(parameters, optimizer, checkpoint)
     result = FitResult(done.step, done.tokens, done.seconds, list(done.log))
     started = time.perf_counter() - done.seconds
     batches = sample_order(len(data), config.batch_size, config.seed)
@@ -283,8 +281,11 @@ def _save(
 
 
 def _resume(
-    parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer, folder: Path
+    parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer, folder: Path | None
 ) -> _Progress:
+    """Restore weights and optimizer from a saved state, if there is one."""
+    if folder is None or not (folder / STATE).is_file():
+        return _Progress(0, 0, 0.0, [])
     with safe_open(folder / STATE, framework="pt") as file:
         described = json.loads(file.metadata()["fit"])
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118

@@ -2,17 +2,16 @@
 
 Not covered here, and why:
 
-- GPUs: no machine that runs these tests has one; placement and bfloat16 were read, not run.
-- vLLM on a GPU: its second generation of logits processors is driven with stand-ins, and the vLLM
-  0.29 that goes with a GPU was not run. Where vLLM is not installed its tests skip;
-  `make test-vllm` runs them.
-- A cluster of Redis: keys and quotas are tested on an imitation, and on one real server where there
-  is one.
-- Several machines: `tests/ray` uses one machine, which finds faults of scheduling and recovery, but
-  none of networks or of file systems that are not shared.
+- GPUs: no test needs one, so placement and bfloat16 on a GPU are not tested.
+- vLLM on a GPU: its second generation of logits processors is tested with stand-ins. Tests that
+  need vLLM skip if it is not installed; `make test-vllm` runs them.
+- A cluster of Redis: keys and quotas are tested on an imitation, and on one real server if one is
+  installed.
+- Several machines: `tests/ray` uses one machine. It finds faults of scheduling and recovery, but
+  not those of networks or of file systems that are not shared.
 - Downloads: no test needs a network, so models and data sets of a hub are never read.
-- The quality of a defense: tests state identities; what a defense buys is measured by workflows,
-  over seeds and with intervals, because one run of one student proves nothing.
+- The quality of a defense: tests state identities. The effect of a defense is measured by
+  workflows, over seeds and with intervals, because one run of one student proves nothing.
 
 Nothing of `azeotrope` is imported at the top of this file: the hook that checks array shapes is
 installed after it, and would miss what is already loaded.

@@ -92,8 +92,8 @@ def environment(settings: Environment) -> list[tuple[str, str, str]]:
     for name, field in type(settings).model_fields.items():
         value = getattr(settings, name)
         default = "" if name in settings.model_fields_set else " (default)"
-        shown = "not set" if value is None else f"{value}{default}"
-        rows.append((variable(name), shown, field.description or ""))
+        text = "not set" if value is None else f"{value}{default}"
+        rows.append((variable(name), text, field.description or ""))
     return rows
 
 

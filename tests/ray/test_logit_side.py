@@ -1,4 +1,4 @@
-"""The shipped experiment on logits, very small: every stage runs, and a second run is the first."""
+"""The shipped experiment on logits, very small: every stage runs; a second run computes nothing."""
 
 import json
 import subprocess
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 PATIENCE_S = 600
-"""Against a run that hangs; how long it takes is no matter of this test."""
+"""Limit for a run that hangs; this test does not measure speed."""
 FIT = "{steps: 3, batch_size: 8, log_every: 1}"
 SMALL = [
     "traces=40",

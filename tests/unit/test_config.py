@@ -28,20 +28,20 @@ def test_an_unknown_key_is_named_with_the_allowed_ones() -> None:
 
 
 @pytest.mark.parametrize(
-    ("data", "place"),
+    ("data", "path"),
     [
         ({"inner": {"y": 1}}, "inner.y"),
         ({"maybe": {"y": 1}}, "maybe.y"),
         ({"parts": [{"x": 1}, {"y": 1}]}, "parts.1.y"),
     ],
 )
-def test_an_unknown_nested_key_is_named_with_the_keys_of_its_level(data, place) -> None:
+def test_an_unknown_nested_key_is_named_with_the_keys_of_its_level(data, path) -> None:
     with pytest.raises(ConfigError) as caught:
         build(Outer, data)
-    assert f"unknown key {place!r}; allowed: name, x" in str(caught.value)
+    assert f"unknown key {path!r}; allowed: name, x" in str(caught.value)
 
 
-def test_every_problem_is_told_at_once() -> None:
+def test_every_problem_is_reported_at_once() -> None:
     with pytest.raises(ConfigError) as caught:
         build(Outer, {"rate": -1, "inner": {"x": "many"}}, source="some.yaml")
     message = str(caught.value)

@@ -192,7 +192,7 @@ def test_ids_a_model_wrote_give_the_same_example_as_their_text(tokenizer) -> Non
             assert found == expected
 
 
-def test_tokens_the_tokenizer_would_not_have_chosen_keep_their_places(pieces) -> None:
+def test_tokens_the_tokenizer_would_not_have_chosen_keep_their_offsets(pieces) -> None:
     text = "<think> at first 2. </think> #### 2"
     ids = pieces.convert_tokens_to_ids(list("▁" + text.replace(" ", "▁")))
     assert tokens.decode(pieces, ids) == text

@@ -1,4 +1,4 @@
-"""`fit` computes what it says: one mean over the window, and a resume nobody can tell."""
+"""`fit`: one mean over all micro-batches, and a resumed run that equals an uninterrupted one."""
 
 import math
 from collections.abc import Callable

@@ -213,13 +213,13 @@ def test_a_proxy_with_permuted_ids_gives_the_same_scores(
         eos_token="<eos>",
         unk_token="<unk>",
     )
-    place = torch.tensor(np.array(order))
+    permutation = torch.tensor(np.array(order))
     with torch.no_grad():
         # The two are tied: one shuffle is both.
         tied = models.is_tied(plain.model)
         layers = [plain.model.get_input_embeddings(), models.head_of(plain.model)]
         for layer in layers[:1] if tied else layers:
-            layer.weight[place] = layer.weight.clone()
+            layer.weight[permutation] = layer.weight.clone()
     mixed = models.Loaded(plain.model, tokenizer)
     models.save(mixed, tmp_path / "mixed")
     for name, folder in (("pocket/proxy-a", "one"), (str(tmp_path / "mixed"), "two")):

@@ -1,4 +1,4 @@
-"""A student job run in this process: what a thief of logits learns, and what he leaves behind."""
+"""A student job that runs in this process: what it learns from logits, and the files it writes."""
 
 import json
 from pathlib import Path
@@ -23,9 +23,9 @@ TASK = tasks.PocketConfig(slip=0)
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Texts, the clean trunk's states on them, and a defended teacher."""
-    folder = tmp_path_factory.mktemp("place")
+    folder = tmp_path_factory.mktemp("inputs")
     task = tasks.build(TASK)
     truth = ground_truth(task, task.problems("train", TEXTS))
     write_traces(folder / "texts/0.parquet", truth)
@@ -48,13 +48,13 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def described(place: Path, attack: dict[str, Any], **changes: Any) -> dict[str, Any]:
+def described(inputs: Path, attack: dict[str, Any], **changes: Any) -> dict[str, Any]:
     return StudentJob.model_validate(
         {
             "model": models.resolve("pocket/small"),
             "name": "small",
             "attack": {**attack, "fit": {"steps": STEPS, "batch_size": 4, "log_every": 1}},
-            "traces": str(place / "texts"),
+            "traces": str(inputs / "texts"),
             "take": TEXTS,
             "boundary": Boundary(),
             "task": TASK,
@@ -62,7 +62,7 @@ def described(place: Path, attack: dict[str, Any], **changes: Any) -> dict[str, 
             "exam": Sampling(temperature=0.0, max_new_tokens=40),
             "seed": 5,
             "teacher": models.resolve("pocket/teacher"),
-            "features": str(place / "features"),
+            "features": str(inputs / "features"),
             **changes,
         }
     ).dump()
@@ -84,10 +84,10 @@ FORWARD_KL = {"name": "forward_kl", "kd_weight": 1.0}
 @pytest.mark.parametrize(
     "attack", [FORWARD_KL, {"name": "alphanet"}, {"name": "forward_kl", "view": {"top_k": 5}}]
 )
-def test_a_thief_of_logits_learns(
-    attack: dict[str, Any], model: str, place: Path, tmp_path: Path
+def test_an_attacker_learns_from_logits(
+    attack: dict[str, Any], model: str, inputs: Path, tmp_path: Path
 ) -> None:
-    job = described(place, attack, model=models.resolve(model))
+    job = described(inputs, attack, model=models.resolve(model))
     about = taught(job, tmp_path)
     found = losses(about)
     assert len(found) == STEPS
@@ -103,8 +103,8 @@ def test_a_thief_of_logits_learns(
     assert not any(torch.equal(value, after[name]) for name, value in before.items())
 
 
-def test_the_first_step_is_the_attacks_own_loss(place: Path, tmp_path: Path) -> None:
-    job = described(place, FORWARD_KL)
+def test_the_first_step_is_the_attacks_own_loss(inputs: Path, tmp_path: Path) -> None:
+    job = described(inputs, FORWARD_KL)
     job["attack"]["fit"]["batch_size"] = TEXTS
     found = losses(taught(job, tmp_path))[0]
     # All texts are in the first batch, so their order does not count.
@@ -112,7 +112,7 @@ def test_the_first_step_is_the_attacks_own_loss(place: Path, tmp_path: Path) -> 
     assert isinstance(attack, LogitAttack)
     student = models.load("pocket/small", device="cpu")
     attack.attach(students._teacher_head(StudentJob(**job), attack, student.device), student)
-    texts = read_traces(place / "texts")
+    texts = read_traces(inputs / "texts")
     lessons = attack.examples(student, texts, tasks.build(TASK), Boundary())
     total, count, _ = attack.loss(student, lessons)
     assert found == pytest.approx(float(total.detach()) / count, rel=1e-5)
@@ -132,17 +132,17 @@ def test_the_first_step_is_the_attacks_own_loss(place: Path, tmp_path: Path) -> 
     assert found == pytest.approx(expected / tokens, rel=1e-4)
 
 
-def test_the_teacher_that_is_named_is_the_one_that_is_asked(place: Path, tmp_path: Path) -> None:
-    clean = losses(taught(described(place, FORWARD_KL), tmp_path / "clean"))
-    job = described(place, FORWARD_KL, teacher=str(place / "defended"))
+def test_the_named_teacher_is_the_one_that_is_queried(inputs: Path, tmp_path: Path) -> None:
+    clean = losses(taught(described(inputs, FORWARD_KL), tmp_path / "clean"))
+    job = described(inputs, FORWARD_KL, teacher=str(inputs / "defended"))
     defended = losses(taught(job, tmp_path / "defended"))
     assert abs(defended[0] - clean[0]) > 0.01
-    # A thief with pairs of clean and defended logits sees the clean ones.
+    # An attacker with pairs of clean and defended logits sees the clean ones.
     undone = taught(
         described(
-            place,
+            inputs,
             {**FORWARD_KL, "pairs": 300},
-            teacher=str(place / "defended"),
+            teacher=str(inputs / "defended"),
             snapshot=models.resolve("pocket/teacher"),
         ),
         tmp_path / "undone",
@@ -150,8 +150,8 @@ def test_the_teacher_that_is_named_is_the_one_that_is_asked(place: Path, tmp_pat
     assert losses(undone) == pytest.approx(clean, rel=0.02)
 
 
-def test_a_killed_student_ends_the_same(place: Path, tmp_path: Path) -> None:
-    job = described(place, FORWARD_KL)
+def test_a_killed_student_ends_the_same(inputs: Path, tmp_path: Path) -> None:
+    job = described(inputs, FORWARD_KL)
     job["attack"]["fit"]["checkpoint_every"] = 2
     expected = taught(job, tmp_path / "straight")
 
@@ -172,18 +172,16 @@ def test_a_killed_student_ends_the_same(place: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("missing", ["teacher", "features"])
-def test_an_attack_on_logits_needs_somebody_to_ask(
-    missing: str, place: Path, tmp_path: Path
-) -> None:
-    job = described(place, FORWARD_KL, **{missing: None})
+def test_an_attack_on_logits_needs_a_teacher(missing: str, inputs: Path, tmp_path: Path) -> None:
+    job = described(inputs, FORWARD_KL, **{missing: None})
     with pytest.raises(ValueError, match="forward_kl sees logits, but the job names no teacher"):
         taught(job, tmp_path)
 
 
-def test_a_text_that_was_not_scored_is_named(place: Path, tmp_path: Path) -> None:
+def test_a_text_that_was_not_scored_is_named(inputs: Path, tmp_path: Path) -> None:
     task = tasks.build(TASK)
     other = ground_truth(task, task.problems("train", 2, skip=TEXTS))
     write_traces(tmp_path / "other/0.parquet", other)
-    job = described(place, FORWARD_KL, traces=str(tmp_path / "other"))
+    job = described(inputs, FORWARD_KL, traces=str(tmp_path / "other"))
     with pytest.raises(ValueError, match=f"was not asked about trace {other[0].id}"):
         taught(job, tmp_path / "out")

@@ -254,7 +254,7 @@ def test_an_experiment_may_have_no_students() -> None:
     assert config.students == ()
     assert cells_of(config) == []
     assert config.models == ("pocket/teacher", "pocket/proxy-a", "pocket/proxy-b")
-    # Exams that nobody sits need no problems.
+    # Without students there are no exams, so their problems are not needed.
     many = settings.load("pocket_demo", ["students=[]", "exam_problems=1000000000"])
     preflight.preflight(many, convert=False)
     assert ("students", "none: the teacher is defended and examined, nobody robs it") in (
