@@ -13,7 +13,8 @@ from azeotrope import models
 from azeotrope.attacks import base as attacks
 from azeotrope.attacks.cleanups import base as cleanups
 from azeotrope.attacks.cleanups.base import AttackerAssets, CleanedTraces, CleanupSpec
-from azeotrope.attacks.logits import LogitAttack, TeacherHead
+from azeotrope.attacks.logits.attack import LogitAttack
+from azeotrope.attacks.logits.teacher import TeacherHead
 from azeotrope.collect import SHARD, Origin, collect
 from azeotrope.config import Config
 from azeotrope.files import write_json
@@ -158,7 +159,9 @@ def _teacher_head(job: StudentJob, attack: LogitAttack, device: torch.device) ->
         ValueError: if the job names no teacher or no features.
     """
     if job.teacher is None or job.features is None:
-        raise ValueError(f"{attack.config.name} sees logits, but the job names no teacher to query")
+        raise ValueError(
+            f"{attack.config.label} sees logits, but the job names no teacher to query"
+        )
     teacher = models.load(job.teacher, device=device)
     head = models.head_of(teacher.model)
     snapshot = None

@@ -22,7 +22,7 @@ from rich.console import Console
 from actors import session
 from azeotrope import __version__
 from azeotrope.attacks import base as attacks
-from azeotrope.attacks.logits import LogitAttack
+from azeotrope.attacks.logits.attack import LogitAttack
 from azeotrope.defenses.base import Defense
 from azeotrope.files import write_json
 from experiment.display import Display

@@ -1,20 +1,18 @@
 """What an attack is: what it observes, and the loss by which a student learns from it.
 
 An attack called `text_sft` is the module `azeotrope/attacks/text_sft.py` with a class `Config` and
-a function `build(config)`; the name is the module, as for defenses.
+a function `build(config)`; see `azeotrope.plugins`.
 """
 
-import importlib
-import pkgutil
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
 import azeotrope.attacks
-from azeotrope.config import Config, ConfigError
-from azeotrope.config import build as build_config
+from azeotrope.config import Config
 from azeotrope.models import Loaded
+from azeotrope.plugins import Plugins
 from azeotrope.problems import Task
 from azeotrope.tokens import Boundary, Example
 from azeotrope.traces import Trace
@@ -22,12 +20,12 @@ from azeotrope.training import FitConfig, TokenSum
 
 Observes = Literal["text", "logits", "topk", "teacher"]
 """What an attack sees: texts, full or truncated distributions on given texts, or a teacher that is
-asked at every step of training about what the student writes."""
-_NOT_ATTACKS = {"base", "cleanups", "logits"}
+queried at every step of training about what the student writes."""
+_ATTACKS = Plugins(azeotrope.attacks, "attack", frozenset({"base", "cleanups", "logits"}))
 
 
 class AttackConfig(Config):
-    """What every attack can be told."""
+    """Settings that every attack has."""
 
     name: str
     fit: FitConfig = Field(default_factory=FitConfig)
@@ -41,12 +39,17 @@ class AttackConfig(Config):
         "`temperature=4`",
     )
     on_clean: bool = Field(
-        default=True, description="rob the undefended teacher in this way too, to compare"
+        default=True, description="attack the undefended teacher in this way too, to compare"
     )
+
+    @property
+    def label(self) -> str:
+        """The attack's name in messages and result tables."""
+        return self.name
 
 
 class Attack:
-    """A student's training objective and the form it wants its data in."""
+    """A student's training objective and the form in which it reads its data."""
 
     needs: ClassVar[Observes]
 
@@ -56,7 +59,11 @@ class Attack:
     def examples(
         self, student: Loaded, traces: Sequence[Trace], task: Task, boundary: Boundary
     ) -> list[Example]:
-        """Observed traces as training samples of this student."""
+        """Observed traces as training samples of this student.
+
+        Raises:
+            ValueError: if a trace cannot be read as the attack needs it.
+        """
         raise TypeError(f"{type(self).__name__} does not say how it reads traces")
 
     def loss(self, student: Loaded, items: list[Example]) -> TokenSum:
@@ -65,9 +72,8 @@ class Attack:
 
 
 def names() -> list[str]:
-    """Every attack there is."""
-    found = pkgutil.iter_modules(azeotrope.attacks.__path__)
-    return sorted(module.name for module in found if module.name not in _NOT_ATTACKS)
+    """The names of all attacks, those of the divergences included."""
+    return _ATTACKS.names()
 
 
 def resolve(data: dict[str, Any]) -> Attack:
@@ -76,8 +82,4 @@ def resolve(data: dict[str, Any]) -> Attack:
     Raises:
         ConfigError: if there is no module of that name, or a key or value does not fit.
     """
-    name = data.get("name")
-    if name not in names():
-        raise ConfigError(f"unknown attack {name!r}; there are {', '.join(names())}")
-    module = importlib.import_module(f"azeotrope.attacks.{name}")
-    return module.build(build_config(module.Config, data, source=f"attack {name}"))
+    return _ATTACKS.build(data)

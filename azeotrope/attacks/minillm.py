@@ -30,7 +30,8 @@ from jaxtyping import Float
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from azeotrope.attacks.logits import LogitAttack, LogitConfig, TeacherHead, by_chunks, read_as
+from azeotrope.attacks.logits.attack import LogitAttack, LogitConfig, sum_by_chunks
+from azeotrope.attacks.logits.teacher import TeacherHead
 from azeotrope.generation import Sampling, generate
 from azeotrope.heads import chunked
 from azeotrope.logits import divergences
@@ -40,7 +41,7 @@ from azeotrope.mixture import Mixture
 from azeotrope.models import Loaded
 from azeotrope.problems import Task
 from azeotrope.tokens import Boundary, Example, collate
-from azeotrope.traces import Trace, row_seed
+from azeotrope.traces import Trace, example_of, row_seed
 from azeotrope.training import TokenSum
 
 
@@ -99,7 +100,8 @@ class MiniLlm(LogitAttack):
         """
         if self.teacher is None:
             raise ValueError("minillm learns from a teacher; attach one first")
-        return [read_as(student, trace, task, boundary, self.config) for trace in traces]
+        length = self.config.max_length
+        return [example_of(trace, student.tokenizer, task, boundary, length) for trace in traces]
 
     def loss(self, student: Loaded, items: list[Any]) -> TokenSum:
         """The mixed loss, summed over the tokens of the given texts.
@@ -193,7 +195,7 @@ class MiniLlm(LogitAttack):
             share = [scale.new_full((n,), c / n) for n, c in zip(sizes, counts, strict=True)]
             after = torch.cat([_mean_after(part) for part in reward.split(sizes)])
         arguments = ours, theirs, labels, scale * torch.cat(share), after
-        return by_chunks(part, arguments, width, self.budget)
+        return sum_by_chunks(part, arguments, width, self.budget)
 
 
 def _mean_after(reward: Float[Tensor, " tokens"]) -> Float[Tensor, " tokens"]:

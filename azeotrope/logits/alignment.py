@@ -92,16 +92,16 @@ def _written_after(
 
 
 def next_pieces(
-    table: Int[Tensor, "vocab depth"], begun: Int[Tensor, " pieces"]
+    table: Int[Tensor, "vocab depth"], prefix: Int[Tensor, " pieces"]
 ) -> tuple[Int[Tensor, " vocab"], Bool[Tensor, " vocab"]]:
-    """What each of the teacher's tokens says about the piece that comes after those `begun`.
+    """What each of the teacher's tokens says about the piece that comes after those `prefix`.
 
     Returns:
         The next piece of every token that begins so, and -1 for the others; and the tokens that
         are complete, after which the student may write anything else.
     """
-    depth = len(begun)
-    fits = (table[:, :depth] == begun).all(-1)
+    depth = len(prefix)
+    fits = (table[:, :depth] == prefix).all(-1)
     following = table[:, depth]
     complete = fits & (following < 0) if depth else torch.zeros_like(fits)
     return following.where(fits, -1), complete
@@ -112,7 +112,7 @@ class Meeting(NamedTuple):
 
     ours: int
     theirs: int
-    begun: tuple[int, ...]
+    prefix: tuple[int, ...]
     """Pieces of the teacher's token that the student has written already."""
 
 

@@ -1,4 +1,4 @@
-"""What holds for every defense and attack there is, and for one that a stranger adds.
+"""What holds for every defense there is, and for one that a stranger adds.
 
 The modules are found, not listed, so a new one is checked by being there.
 """
@@ -15,19 +15,17 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from azeotrope import tasks
-from azeotrope.attacks import base as attacks
-from azeotrope.attacks.logits import LogitAttack, TeacherHead
 from azeotrope.config import Config, ConfigError
 from azeotrope.defenses import base as defenses
 from azeotrope.defenses.base import Defense, Stage
-from azeotrope.heads.features import FeatureBatch, FeaturePair, Features, compute, join
+from azeotrope.heads.features import FeatureBatch, FeaturePair, Features, join
 from azeotrope.heads.head import Head, ProxyHead
 from azeotrope.heads.search import HeadTraining, train_head
 from azeotrope.heads.surrogate import Surrogate
 from azeotrope.logits.vocabulary import SharedVocabulary
-from azeotrope.models import Loaded, head_of, load, load_tokenizer
-from azeotrope.tokens import Boundary, encode
-from azeotrope.traces import Trace, ground_truth
+from azeotrope.models import Loaded, load_tokenizer
+from azeotrope.tokens import Boundary
+from azeotrope.traces import ground_truth
 from experiment import settings
 
 ROOT = Path(__file__).parents[2]
@@ -39,10 +37,6 @@ TEXT = "<think> joe begins at 12. 12 + 3 = 15. </think> #### 15"
 
 def module_of(name: str) -> ModuleType:
     return importlib.import_module(f"azeotrope.defenses.{name}")
-
-
-def attack_module(name: str) -> ModuleType:
-    return importlib.import_module(f"azeotrope.attacks.{name}")
 
 
 def drawn(seed: int, *shape: int) -> torch.Tensor:
@@ -193,137 +187,9 @@ def table_rows() -> list[str]:
     return [line for line in lines if line.lstrip().startswith("|")]
 
 
-@pytest.mark.parametrize("name", [*defenses.names(), *attacks.names()])
+@pytest.mark.parametrize("name", defenses.names())
 def test_the_readme_has_a_row_for_it(name: str) -> None:
     assert any(f"`{name}`" in row for row in table_rows()), f"README.md has no row for `{name}`"
-
-
-# Attacks
-
-
-TASK = tasks.build(tasks.PocketConfig())
-
-
-@pytest.fixture(scope="module")
-def student() -> Loaded:
-    return load("pocket/small", device="cpu")
-
-
-@pytest.fixture(scope="module")
-def stranger() -> Loaded:
-    """A student with another vocabulary than the teacher's."""
-    return load("pocket/other", device="cpu")
-
-
-@pytest.fixture(scope="module")
-def stolen() -> list[Trace]:
-    return ground_truth(TASK, TASK.problems("train", 3))
-
-
-@pytest.fixture(scope="module")
-def asked(stolen: list[Trace]) -> TeacherHead:
-    """A teacher that has scored the stolen texts, and can be asked about others."""
-    teacher = load("pocket/teacher", device="cpu")
-    texts = [
-        encode(
-            teacher.tokenizer,
-            TASK.messages(trace.question),
-            trace.text,
-            boundary=BOUNDARY,
-            max_length=256,
-            id=trace.id,
-        )
-        for trace in stolen
-    ]
-    head = head_of(teacher.model)
-    scored = compute(teacher.model, texts)
-    return TeacherHead(teacher.tokenizer, head.weight, head.bias, scored, model=teacher.model)
-
-
-def ready(name: str, asked: TeacherHead, student: Loaded) -> attacks.Attack:
-    """An attack that has been given the teacher, if it wants one."""
-    attack = attacks.resolve({"name": name})
-    assert isinstance(attack, LogitAttack) == (attack.needs != "text")
-    if isinstance(attack, LogitAttack):
-        attack.attach(asked, student)
-    return attack
-
-
-@pytest.mark.parametrize("name", attacks.names())
-def test_an_attack_module_has_what_is_asked_of_it(name: str) -> None:
-    module = attack_module(name)
-    assert module.Config().name == name
-    assert get_args(module.Config.model_fields["name"].annotation) == (name,)
-    built = module.build(module.Config())
-    assert isinstance(built, attacks.Attack)
-    assert built.needs in get_args(attacks.Observes)
-    assert attacks.resolve({"name": name}).config == module.Config()
-    copies_are_equal(module.Config(max_length=64))
-    assert pickle.loads(pickle.dumps(built)).config == built.config
-    assert module.__doc__
-
-
-def teaches(attack: attacks.Attack, student: Loaded, stolen: list[Trace]) -> None:
-    examples = attack.examples(student, stolen, TASK, BOUNDARY)
-    assert [example.id for example in examples] == [trace.id for trace in stolen]
-    student.model.zero_grad()
-    whole = attack.loss(student, examples)
-    assert whole.total.isfinite()
-    parts = [attack.loss(student, [example]) for example in examples]
-    # A sum and a count, so that any split into micro-batches is the same.
-    assert whole.count == sum(part.count for part in parts)
-    total = sum(part.total.item() for part in parts)
-    several = attack.needs == "logits" and len(attack.divergences()) > 1  # type: ignore[attr-defined]
-    if several:
-        # The larger of two sums is never above the sum of the larger ones.
-        assert whole.total.item() <= total * (1 + 1e-5)
-        assert whole.total.item() > 0.8 * total
-    else:
-        assert whole.total.item() == pytest.approx(total, rel=1e-5)
-    if whole.total.requires_grad:
-        whole.total.backward()
-    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in student.model.parameters())
-    student.model.zero_grad()
-
-
-@pytest.mark.parametrize("name", attacks.names())
-def test_an_attack_teaches_from_traces(
-    name: str, asked: TeacherHead, student: Loaded, stolen: list[Trace]
-) -> None:
-    teaches(ready(name, asked, student), student, stolen)
-
-
-@pytest.mark.parametrize("name", attacks.names())
-def test_an_attack_teaches_a_student_of_another_vocabulary_or_refuses(
-    name: str, asked: TeacherHead, stranger: Loaded, stolen: list[Trace]
-) -> None:
-    if attacks.resolve({"name": name}).needs == "teacher":
-        with pytest.raises(ValueError, match="must have one vocabulary"):
-            ready(name, asked, stranger)
-    else:
-        teaches(ready(name, asked, stranger), stranger, stolen)
-
-
-@pytest.mark.parametrize("name", attacks.names())
-def test_an_attack_that_asks_a_teacher_wants_one(
-    name: str, student: Loaded, stolen: list[Trace]
-) -> None:
-    attack = attacks.resolve({"name": name})
-    if attack.needs == "text":
-        assert attack.examples(student, stolen, TASK, BOUNDARY)
-        return
-    with pytest.raises(ValueError, match=f"{name} learns from a teacher.*; attach one first"):
-        attack.examples(student, stolen, TASK, BOUNDARY)
-
-
-@pytest.mark.parametrize("name", attacks.names())
-def test_an_attack_refuses_what_it_does_not_know(name: str) -> None:
-    allowed = ", ".join(sorted(attack_module(name).Config.model_fields))
-    with pytest.raises(ConfigError) as error:
-        attacks.resolve({"name": name, "max_lenght": 64})
-    assert f"unknown key 'max_lenght'; allowed: {allowed}" in str(error.value)
-    with pytest.raises(ConfigError, match=r"unknown key 'fit\.step'; allowed: accumulation"):
-        attacks.resolve({"name": name, "fit": {"step": 3}})
 
 
 # Configurations and search spaces

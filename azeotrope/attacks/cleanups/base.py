@@ -1,12 +1,10 @@
 """What a clean-up is: how an attacker changes observed traces before a student learns from them.
 
 A clean-up called `digits` is the module `azeotrope/attacks/cleanups/digits.py` with a class
-`Config` (its `name` is a literal) and a function `build(config)`; the name is the module, as for
-attacks. Several clean-ups may act one after another.
+`Config` (its `name` is a literal) and a function `build(config)`; see `azeotrope.plugins`. Several
+clean-ups may act one after another.
 """
 
-import importlib
-import pkgutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,7 +14,7 @@ from pydantic import Field
 
 import azeotrope.attacks.cleanups
 from azeotrope.config import Config, ConfigError
-from azeotrope.config import build as build_config
+from azeotrope.plugins import Plugins
 from azeotrope.tokens import Boundary
 from azeotrope.traces import Trace
 
@@ -24,6 +22,7 @@ CleanupSpec = str | dict[str, Any] | list[str | dict[str, Any]]
 """A clean-up in a configuration: its name, its settings, or several of these in their order."""
 NO_CLEANUP = "none"
 """The specification and the label of traces that are used as they are."""
+_CLEANUPS = Plugins(azeotrope.attacks.cleanups, "clean-up")
 
 
 class CleanupConfig(Config):
@@ -135,9 +134,8 @@ def _shortest(config: CleanupConfig) -> str | dict[str, Any]:
 
 
 def names() -> list[str]:
-    """The names of all clean-ups: the modules of this package, `base` aside."""
-    modules = pkgutil.iter_modules(azeotrope.attacks.cleanups.__path__)
-    return sorted(module.name for module in modules if module.name != "base")
+    """The names of all clean-ups."""
+    return _CLEANUPS.names()
 
 
 def resolve(spec: CleanupSpec) -> CleanupChain:
@@ -159,9 +157,4 @@ def resolve(spec: CleanupSpec) -> CleanupChain:
 
 
 def _resolve_one(spec: str | dict[str, Any]) -> Cleanup:
-    settings = {"name": spec} if isinstance(spec, str) else spec
-    name = settings.get("name")
-    if name not in names():
-        raise ConfigError(f"unknown clean-up {name!r}; there are {', '.join(names())}")
-    module = importlib.import_module(f"azeotrope.attacks.cleanups.{name}")
-    return module.build(build_config(module.Config, settings, source=f"clean-up {name}"))
+    return _CLEANUPS.build({"name": spec} if isinstance(spec, str) else spec)

@@ -11,7 +11,7 @@ from actors import students
 from actors.students import StudentJob
 from azeotrope import models, tasks
 from azeotrope.attacks import base as attacks
-from azeotrope.attacks.logits import LogitAttack
+from azeotrope.attacks.logits.attack import LogitAttack
 from azeotrope.generation import Sampling
 from azeotrope.heads.export import head_from, put_head
 from azeotrope.heads.features import compute, write_features

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from azeotrope import tasks
 from azeotrope.attacks import base as attacks
-from azeotrope.attacks.logits import TeacherHead
+from azeotrope.attacks.logits.teacher import TeacherHead
 from azeotrope.attacks.minillm import MiniLlm
 from azeotrope.config import ConfigError
 from azeotrope.generation import Sampling, generate

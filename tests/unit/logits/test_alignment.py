@@ -138,14 +138,14 @@ def test_where_words_and_pieces_meet(teacher, student) -> None:
     met = meetings(TEXT, student, teacher, table, finished=True)
     # The word tokenizer's tokens are made of pieces: the student can always be compared.
     assert [item.ours for item in met] == list(range(len(ours) + 1))
-    assert (met[-1].ours, met[-1].theirs, met[-1].begun) == (len(ours), len(theirs), ())
+    assert (met[-1].ours, met[-1].theirs, met[-1].prefix) == (len(ours), len(theirs), ())
     for item in met[:-1]:
         spelling = [piece for piece in table[theirs[item.theirs]].tolist() if piece >= 0]
-        depth = len(item.begun)
-        assert item.begun == tuple(spelling[:depth])
+        depth = len(item.prefix)
+        assert item.prefix == tuple(spelling[:depth])
         assert ours[item.ours] == spelling[depth], "the token that comes is the next piece"
         assert ours[item.ours - depth : item.ours] == spelling[:depth]
-    starts = [item for item in met if not item.begun]
+    starts = [item for item in met if not item.prefix]
     assert [item.theirs for item in starts] == list(range(len(theirs) + 1))
     unfinished = meetings(TEXT, student, teacher, table, finished=False)
     assert unfinished == met[:-1]
@@ -171,7 +171,7 @@ def test_bytes_and_words_meet_where_the_text_is_the_same(
     table = table_of(writer, reader)
     ours, theirs = ids(reader, HARD), ids(writer, HARD)
     met = meetings(HARD, reader, writer, table, finished=False)
-    starts = [item for item in met if not item.begun]
+    starts = [item for item in met if not item.prefix]
     for item in starts:
         assert read_before(reader, ours[: item.ours]) == read_before(writer, theirs[: item.theirs])
     # Whatever both have read at some token of theirs is found.
@@ -182,8 +182,8 @@ def test_bytes_and_words_meet_where_the_text_is_the_same(
     assert {read_before(reader, ours[: item.ours]) for item in starts} == texts[0] & texts[1]
     assert len(starts) == len(texts[0] & texts[1])
     for item in met:
-        before = ours[item.ours - len(item.begun) : item.ours]
-        assert tuple(before) == item.begun
+        before = ours[item.ours - len(item.prefix) : item.ours]
+        assert tuple(before) == item.prefix
 
 
 def test_a_models_own_tokens_need_not_be_its_tokenizers(student, teacher) -> None:
@@ -192,7 +192,7 @@ def test_a_models_own_tokens_need_not_be_its_tokenizers(student, teacher) -> Non
     assert own != ids(student, text)
     table = table_of(student, teacher)
     met = meetings(text, teacher, student, table, finished=True, written=own)
-    starts = [(item.ours, item.theirs) for item in met if not item.begun]
+    starts = [(item.ours, item.theirs) for item in met if not item.prefix]
     assert starts == [(0, 0), (1, 6), (2, 7), (3, 10), (4, 11)]
     same = meetings(text, teacher, student, table, finished=True, written=ids(student, text))
     assert same == meetings(text, teacher, student, table, finished=True)
@@ -216,9 +216,9 @@ def test_the_next_piece_of_what_is_begun(teacher, student) -> None:
     table = table_of(teacher, student)
     ours, theirs = student.get_vocab(), teacher.get_vocab()
 
-    def following(*begun: str) -> tuple[dict[str, str], set[str]]:
+    def following(*prefix: str) -> tuple[dict[str, str], set[str]]:
         pieces, complete = next_pieces(
-            table, torch.tensor([ours[p] for p in begun], dtype=torch.long)
+            table, torch.tensor([ours[p] for p in prefix], dtype=torch.long)
         )
         names = {index: word for word, index in theirs.items()}
         named = {
@@ -252,8 +252,8 @@ def test_pieces_multiply_to_the_teachers_words(teacher, student) -> None:
         spelling = [piece for piece in table[index].tolist() if piece >= 0]
         found = 1.0
         for depth, piece in enumerate(spelling):
-            begun = torch.tensor(spelling[:depth], dtype=torch.long)
-            step = merged(events, *next_pieces(table, begun))
+            prefix = torch.tensor(spelling[:depth], dtype=torch.long)
+            step = merged(events, *next_pieces(table, prefix))
             assert step.tokens is not None
             where = step.tokens[0].tolist().index(piece)
             found *= step.log_p[0, where].exp().item()

@@ -1,0 +1,1 @@
+"""What all attacks on logits share."""
