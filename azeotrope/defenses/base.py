@@ -5,8 +5,6 @@ A defense called `doge` is the module `azeotrope/defenses/doge.py` with a class 
 """
 
 import copy
-import importlib
-import pkgutil
 from typing import Any, ClassVar, Literal
 
 from jaxtyping import Float
@@ -14,14 +12,15 @@ from pydantic import Field
 from torch import Tensor
 
 import azeotrope.defenses
-from azeotrope.config import Config, ConfigError
-from azeotrope.config import build as build_config
+from azeotrope.config import Config
 from azeotrope.heads.features import FeatureBatch
 from azeotrope.heads.head import Head
+from azeotrope.plugins import Plugins
 from azeotrope.tokens import Boundary
 from azeotrope.training import TokenSum
 
 Stage = Literal["weights", "decoding", "text"]
+_DEFENSES = Plugins(azeotrope.defenses, "defense")
 
 
 class DefenseConfig(Config):
@@ -116,9 +115,8 @@ def strength_label(name: str, strength: float | None) -> str:
 
 
 def names() -> list[str]:
-    """Every defense there is: the modules of this package, `base` aside."""
-    found = pkgutil.iter_modules(azeotrope.defenses.__path__)
-    return sorted(module.name for module in found if module.name != "base")
+    """The names of all defenses."""
+    return _DEFENSES.names()
 
 
 def resolve(data: dict[str, Any]) -> Defense:
@@ -127,8 +125,4 @@ def resolve(data: dict[str, Any]) -> Defense:
     Raises:
         ConfigError: if there is no module of that name, or a key or value does not fit.
     """
-    name = data.get("name")
-    if name not in names():
-        raise ConfigError(f"unknown defense {name!r}; there are {', '.join(names())}")
-    module = importlib.import_module(f"azeotrope.defenses.{name}")
-    return module.build(build_config(module.Config, data, source=f"defense {name}"))
+    return _DEFENSES.build(data)
