@@ -4,6 +4,7 @@ import json
 import shutil
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +22,12 @@ from azeotrope import models
 from azeotrope.attacks.cleanups import base as cleanups
 from azeotrope.attacks.cleanups.base import CleanupSpec
 from azeotrope.config import ConfigError, digest
-from azeotrope.defenses.base import Defense
+from azeotrope.defenses.base import Defense, FinishedText, RewriteContext, RewrittenText
+from azeotrope.files import write_json
 from azeotrope.generation import Sampling
 from azeotrope.heads.search import HeadTraining
 from azeotrope.tasks import build as build_task
-from azeotrope.traces import ground_truth, read_traces, write_traces
+from azeotrope.traces import Trace, ground_truth, read_traces, write_traces
 from experiment.display import Display
 from experiment.settings import LESSON_PROBLEMS, ExperimentConfig, ProxyLesson, StudentConfig
 from experiment.stages import Cache, Stage
@@ -217,17 +219,34 @@ class Steps:
         return self.cache.build(stage, make)
 
     def rewritten(self, source: Stage, defense: Defense, label: str) -> Stage:
-        """Traces after a text-stage defense; answers are checked again."""
+        """Traces after a defense of stage `text`; changed answers are checked again.
+
+        `text.json` in the stage counts how many texts have each status, and why texts fell back.
+        """
         task_config, boundary = self.config.task, self.config.boundary
 
         def make(folder: Path) -> None:
             task = build_task(task_config)
-            changed = []
-            for trace in read_traces(source.path):
-                text = defense.rewrite(trace.text, boundary)
-                right = trace.correct if text == trace.text else task.check(text, trace.reference)
-                changed.append(trace.with_text(text, right))
-            write_traces(folder / "0000000.parquet", changed)
+            context = RewriteContext(boundary, has_answer=task.check)
+            traces = read_traces(source.path)
+            rewritten: list[Trace] = []
+            outcomes: list[RewrittenText] = []
+            with self.display.task(f"rewriting: {label}", len(traces)) as advance:
+                for start in range(0, len(traces), self.config.shard):
+                    batch = traces[start : start + self.config.shard]
+                    texts = [FinishedText(t.text, t.question, t.reference) for t in batch]
+                    results = defense.rewrite(texts, context)
+                    for trace, result in zip(batch, results, strict=True):
+                        same = result.text == trace.text
+                        correct = (
+                            trace.correct if same else task.check(result.text, trace.reference)
+                        )
+                        rewritten.append(trace.with_text(result.text, correct))
+                    outcomes += results
+                    advance(len(batch))
+            defense.close()
+            write_traces(folder / "0000000.parquet", rewritten)
+            write_json(folder / "text.json", _counted(outcomes))
 
         stage = self.cache.stage(
             "text",
@@ -487,6 +506,14 @@ class Steps:
         if name not in self._fingerprints:
             self._fingerprints[name] = models.fingerprint(name)
         return self._fingerprints[name]
+
+
+def _counted(outcomes: Sequence[RewrittenText]) -> dict[str, Any]:
+    """Number of texts per status, and of those that fell back per reason."""
+    return {
+        "statuses": Counter(outcome.status for outcome in outcomes),
+        "fell_back": Counter(o.reason for o in outcomes if o.status == "fell_back"),
+    }
 
 
 def describe(stage: Stage, file: str) -> dict[str, Any]:

@@ -1,9 +1,16 @@
-"""Hide the reasoning: the boring baseline that every other defense has to beat."""
+"""Hide the reasoning: the baseline that every other defense has to beat."""
 
+from collections.abc import Sequence
 from typing import Literal
 
-from azeotrope.defenses.base import Defense, DefenseConfig
-from azeotrope.tokens import Boundary, without_reasoning
+from azeotrope.defenses.base import (
+    Defense,
+    DefenseConfig,
+    FinishedText,
+    RewriteContext,
+    RewrittenText,
+)
+from azeotrope.tokens import without_reasoning
 
 
 class Config(DefenseConfig):
@@ -19,8 +26,15 @@ class AnswersOnly(Defense):
     stage = "text"
     is_baseline = True
 
-    def rewrite(self, text: str, boundary: Boundary) -> str:
-        return text if self.is_identity else without_reasoning(text, boundary)
+    def rewrite(
+        self, texts: Sequence[FinishedText], context: RewriteContext
+    ) -> list[RewrittenText]:
+        if self.is_identity:
+            return super().rewrite(texts, context)
+        return [
+            RewrittenText.compared(item.text, without_reasoning(item.text, context.boundary))
+            for item in texts
+        ]
 
 
 def build(config: Config) -> AnswersOnly:

@@ -5,6 +5,8 @@ A defense called `doge` is the module `azeotrope/defenses/doge.py` with a class 
 """
 
 import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from jaxtyping import Float
@@ -20,6 +22,10 @@ from azeotrope.tokens import Boundary
 from azeotrope.training import TokenSum
 
 Stage = Literal["weights", "decoding", "text"]
+RewriteStatus = Literal["unchanged", "changed", "verified", "fell_back"]
+"""What a text defense did with one text. `changed`: rewritten, and its answer was not compared;
+`verified`: rewritten, and its answer is still that of the original; `fell_back`: no acceptable
+rewriting was made, so the text is what the defense shows in that case."""
 _DEFENSES = Plugins(azeotrope.defenses, "defense")
 
 
@@ -28,6 +34,42 @@ class DefenseConfig(Config):
 
     name: str
     strength: float = Field(default=1.0, ge=0, description="0 is the identity")
+
+
+@dataclass(frozen=True)
+class FinishedText:
+    """A finished completion, with what the provider knows of its problem."""
+
+    text: str
+    question: str | None = None
+    """The user's words; None where the completion continues a bare prompt."""
+    reference: str | None = None
+    """The right answer; None when users are served."""
+
+
+@dataclass(frozen=True)
+class RewriteContext:
+    """What a text defense may use besides the texts."""
+
+    boundary: Boundary
+    has_answer: Callable[[str, str], bool] | None = None
+    """Whether a text (the first argument) gives an answer (the second); None when users are
+    served, because an arbitrary prompt has no task that could compare answers."""
+
+
+@dataclass(frozen=True)
+class RewrittenText:
+    """A text after a defense of stage `text`, and what happened to it."""
+
+    text: str
+    status: RewriteStatus
+    reason: str = ""
+    """For `fell_back`: why, in a few words that are the same for all texts with this cause."""
+
+    @classmethod
+    def compared(cls, before: str, after: str) -> "RewrittenText":
+        """`unchanged` or `changed`, by comparison with the text before."""
+        return cls(after, "unchanged" if after == before else "changed")
 
 
 class Defense:
@@ -104,9 +146,22 @@ class Defense:
         """Change the next token's logits, given each row's completion so far."""
         return logits
 
-    def rewrite(self, text: str, boundary: Boundary) -> str:
-        """Change a finished completion without changing its answer."""
-        return text
+    def rewrite(
+        self, texts: Sequence[FinishedText], context: RewriteContext
+    ) -> list[RewrittenText]:
+        """Change finished completions without changing their answers (stage `text`).
+
+        All texts of a batch are given at once, so that a defense with a writer of its own (a
+        model, or an endpoint) can have them written side by side. The writer is named by the
+        defense's settings and is loaded at the first call.
+
+        Returns:
+            One result per text, in the same order.
+        """
+        return [RewrittenText(item.text, "unchanged") for item in texts]
+
+    def close(self) -> None:
+        """Release what `rewrite` opened or loaded, such as a writer."""
 
 
 def strength_label(name: str, strength: float | None) -> str:

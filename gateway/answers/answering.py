@@ -5,7 +5,7 @@ import contextlib
 import logging
 from collections.abc import AsyncGenerator, Callable, Sequence
 
-from azeotrope.defenses.base import Defense
+from azeotrope.defenses.base import Defense, FinishedText, RewriteContext
 from azeotrope.engine.protocol import Chunk, Engine, EngineBusyError, EngineError, EngineRequest
 from azeotrope.tokens import Boundary
 from gateway.answers.writing import Mode, ReasoningFilter, StopStrings, Writer
@@ -105,8 +105,10 @@ def _rewrite(
         # A defense may lose the tag that says so; what had no answer before has none after.
         return line
     text = opening + text
+    context = RewriteContext(boundary)
     for defense in rewriting:
-        text = defense.rewrite(text, boundary)
+        [result] = defense.rewrite([FinishedText(text)], context)
+        text = result.text
     kept = text.startswith(opening)
     reasoning = ReasoningFilter(mode, boundary, opening=opening if kept else "")
     return "".join(reasoning.advance(text.removeprefix(opening), final=True))

@@ -17,7 +17,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from azeotrope import tasks
 from azeotrope.config import Config, ConfigError
 from azeotrope.defenses import base as defenses
-from azeotrope.defenses.base import Defense, Stage
+from azeotrope.defenses.base import (
+    Defense,
+    FinishedText,
+    RewriteContext,
+    RewriteStatus,
+    RewrittenText,
+    Stage,
+)
 from azeotrope.heads.features import FeatureBatch, FeaturePair, Features, join
 from azeotrope.heads.head import Head, ProxyHead
 from azeotrope.heads.search import HeadTraining, train_head
@@ -33,6 +40,10 @@ CONFIGS = sorted(settings.CONFIGS.glob("*.yaml"))
 SPACES = sorted(path.stem for path in (ROOT / "tune_spaces").glob("[a-z]*.py"))
 BOUNDARY = Boundary()
 TEXT = "<think> joe begins at 12. 12 + 3 = 15. </think> #### 15"
+
+
+def rewritten_by(defense: Defense, *texts: str) -> list[RewrittenText]:
+    return defense.rewrite([FinishedText(text) for text in texts], RewriteContext(BOUNDARY))
 
 
 def module_of(name: str) -> ModuleType:
@@ -121,7 +132,7 @@ def test_a_defense_survives_json_and_pickle(name: str) -> None:
 def test_strength_zero_is_the_identity(name: str) -> None:
     defense = defenses.resolve({"name": name, "strength": 0})
     assert defense.is_identity
-    assert defense.rewrite(TEXT, BOUNDARY) == TEXT
+    assert rewritten_by(defense, TEXT) == [RewrittenText(TEXT, "unchanged")]
     logits = drawn(5, 3, 7)
     assert torch.equal(defense.adjust_logits(logits.clone(), [[1], [], [2, 3]]), logits)
     head, proxies, data = head_and_data(defense)
@@ -135,13 +146,19 @@ def test_a_defense_acts_in_its_stage_and_only_there(name: str) -> None:
     defense = defenses.resolve({"name": name})
     logits = drawn(5, 3, 7)
     adjusted = defense.adjust_logits(logits.clone(), [[1], [], [2, 3]])
-    rewritten = defense.rewrite(TEXT, BOUNDARY)
+    first, second = rewritten_by(defense, TEXT, TEXT)
+    rewritten = first.text
+    assert second.text == rewritten
+    assert first.status in get_args(RewriteStatus)
+    assert rewritten_by(defense) == []
     assert (adjusted.shape, adjusted.dtype) == (logits.shape, logits.dtype)
     assert not adjusted.isnan().any()
     assert tasks.build(tasks.PocketConfig()).check(rewritten, "15")
     if defense.stage != "decoding":
         assert torch.equal(adjusted, logits)
     assert (rewritten != TEXT) == (defense.stage == "text")
+    assert (first.status != "unchanged") == (defense.stage == "text")
+    defense.close()
     head, proxies, data = head_and_data(defense)
     batch: FeatureBatch = join(data)
     if defense.stage != "weights":
@@ -237,12 +254,12 @@ def test_every_point_of_a_search_space_is_valid(name: str, place: str) -> None:
 # A stranger's defense
 
 SHOUTING = '''
-"""Shout: a defense by somebody who has changed no file but this one."""
+"""Shout: a defense whose author has changed no file but this one."""
 
 from typing import Literal
 
-from azeotrope.defenses.base import Defense, DefenseConfig
-from azeotrope.tokens import Boundary, spans
+from azeotrope.defenses.base import Defense, DefenseConfig, RewrittenText
+from azeotrope.tokens import spans
 
 
 class Config(DefenseConfig):
@@ -253,12 +270,15 @@ class Config(DefenseConfig):
 class Shouting(Defense):
     stage = "text"
 
-    def rewrite(self, text: str, boundary: Boundary) -> str:
-        if self.is_identity:
-            return text
-        found, _ = spans(text, boundary)
-        loud = text[found.start : found.end].upper().replace(".", self.config.mark)
-        return text[: found.start] + loud + text[found.end :]
+    def rewrite(self, texts, context):
+        return [self._shouted(item.text, context.boundary) for item in texts]
+
+    def _shouted(self, text, boundary):
+        reasoning, _ = spans(text, boundary)
+        if self.is_identity or reasoning.start == reasoning.end:
+            return RewrittenText(text, "unchanged")
+        loud = text[reasoning.start : reasoning.end].upper().replace(".", self.config.mark)
+        return RewrittenText(text[: reasoning.start] + loud + text[reasoning.end :], "changed")
 
 
 def build(config: Config) -> Shouting:
@@ -291,12 +311,11 @@ def test_a_stranger_adds_a_defense_with_one_module_and_one_yaml(
         config = settings.load(str(yaml), [])
         assert config.defenses[0].label == "shouting"
         (defense,) = config.defenses[0].resolve()
-        assert defense.rewrite(TEXT, config.boundary) == (
-            "<think> JOE BEGINS AT 12!! 12 + 3 = 15!! </think> #### 15"
-        )
+        (shouted,) = rewritten_by(defense, TEXT)
+        assert shouted.text == "<think> JOE BEGINS AT 12!! 12 + 3 = 15!! </think> #### 15"
         task = tasks.build(tasks.PocketConfig(slip=0))
         for trace in ground_truth(task, task.problems("train", 5)):
-            loud = defense.rewrite(trace.text, config.boundary)
+            loud = rewritten_by(defense, trace.text)[0].text
             assert "!!" in loud
             assert task.check(loud, trace.reference)
             assert loud.lower().replace("!!", ".") == trace.text

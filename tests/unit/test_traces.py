@@ -11,6 +11,7 @@ import pytest
 from azeotrope import models, tasks
 from azeotrope.collect import Origin, collect
 from azeotrope.defenses import answers_only
+from azeotrope.defenses.base import FinishedText, RewriteContext
 from azeotrope.generation import Sampling
 from azeotrope.tasks import PocketConfig, Problem
 from azeotrope.tokens import Boundary
@@ -144,8 +145,12 @@ def test_ground_truth_is_the_reference_solution_and_may_be_wrong() -> None:
 def test_hiding_the_reasoning_keeps_the_answer_checkable() -> None:
     task = tasks.build(PocketConfig(slip=0.25))
     defense = answers_only.build(answers_only.Config())
-    for item in ground_truth(task, task.problems("train", 40)):
-        hidden = defense.rewrite(item.text, BOUNDARY)
+    traces = ground_truth(task, task.problems("train", 40))
+    texts = [FinishedText(trace.text) for trace in traces]
+    results = defense.rewrite(texts, RewriteContext(BOUNDARY))
+    assert {result.status for result in results} == {"changed"}
+    for item, result in zip(traces, results, strict=True):
+        hidden = result.text
         assert "<think>" not in hidden
         assert len(hidden.split()) == 2
         assert task.check(hidden, item.reference) == item.correct

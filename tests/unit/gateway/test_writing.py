@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from azeotrope.defenses.base import Defense
+from azeotrope.defenses.base import Defense, FinishedText, RewriteContext, RewrittenText
 from azeotrope.engine.protocol import Chunk, Finish, Token
 from azeotrope.pocket.tokenizer import build
 from azeotrope.tokens import Boundary, decode, without_reasoning
@@ -420,16 +420,23 @@ class Loses(Defense):
     def __init__(self) -> None:
         self.given: list[str] = []
 
-    def rewrite(self, text: str, boundary: Boundary) -> str:
-        self.given.append(text)
+    def rewrite(
+        self, texts: Sequence[FinishedText], context: RewriteContext
+    ) -> list[RewrittenText]:
+        self.given += [item.text for item in texts]
+        return [
+            RewrittenText.compared(item.text, self.changed(item.text, context.boundary))
+            for item in texts
+        ]
+
+    def changed(self, text: str, boundary: Boundary) -> str:
         return text.replace(boundary.open_tag, "").replace(boundary.close_tag, "")
 
 
 class Keeps(Loses):
     """One that leaves the text as it is."""
 
-    def rewrite(self, text: str, boundary: Boundary) -> str:
-        self.given.append(text)
+    def changed(self, text: str, boundary: Boundary) -> str:
         return text
 
 
