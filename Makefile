@@ -62,7 +62,7 @@ test-vllm: vllm-cpu  ## The serving tests with vLLM; make test comes first, for 
 	AZEOTROPE_ENGINE=vllm $(BIN)/python -m pytest tests/serve/test_serve.py $(PYTEST_ARGS)
 
 bench: $(STAMP)  ## Speed and memory, side by side with the plain way.
-	@set -e; for file in benchmarks/[a-z]*.py; do echo "== $$file"; $(BIN)/python -m "benchmarks.$$(basename $$file .py)"; done
+	@set -e; for name in head_training cmi_step serving; do echo "== $$name"; $(BIN)/python -m "benchmarks.$$name"; done
 
 clean:  ## Remove .venv and the caches. Runs and results stay.
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

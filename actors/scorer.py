@@ -1,4 +1,4 @@
-"""The scoring actor: how likely the proxies find what the teacher wrote."""
+"""The scoring actor: how likely the teacher's texts are under the proxies."""
 
 import json
 from pathlib import Path
@@ -15,10 +15,11 @@ from azeotrope.logits.vocabulary import share
 from azeotrope.tokens import Batch, collate
 
 BATCH = 32
+"""Texts per pass of a proxy."""
 
 
 class ScoreActor:
-    """Writes, for each trace of a file, the proxies' mean log-probability a token, in nats."""
+    """Writes, for each trace of a file, the proxies' mean log-probability per token, in nats."""
 
     def __init__(self, proxies: tuple[str, ...], teacher: str) -> None:
         use_one_thread_on_cpu()
@@ -38,7 +39,7 @@ class ScoreActor:
     @torch.inference_mode()
     def _score(self, job: FeatureJob) -> dict[str, float]:
         examples, _ = read_examples(job, self.teacher)
-        found: dict[str, float] = {}
+        scores: dict[str, float] = {}
         for start in range(0, len(examples), BATCH):
             batch = collate(examples[start : start + BATCH], pad_id=0)
             counts = batch.mask.sum(1)
@@ -46,20 +47,23 @@ class ScoreActor:
             for proxy, shared in zip(self.proxies, self.shared, strict=True):
                 total += self._sums(proxy, shared.to_proxy, batch)
             means = total / counts / len(self.proxies)
-            found.update(zip(batch.ids, means.tolist(), strict=True))
-        return found
+            scores.update(zip(batch.ids, means.tolist(), strict=True))
+        return scores
 
     @staticmethod
     def _sums(proxy: models.Loaded, to_proxy: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """The log-probability of each text's completion; a token the proxy lacks is unknown."""
+        """The log-probability of each text's completion, in nats.
+
+        A token that the proxy lacks is scored as the proxy's unknown token.
+        """
         device = proxy.device
         inputs, targets = to_proxy[batch.input_ids], to_proxy[batch.targets[batch.mask]]
-        states = proxy.model.base_model(input_ids=inputs.to(device), use_cache=False)
-        hidden = states.last_hidden_state[batch.mask.to(device)]
+        outputs = proxy.model.base_model(input_ids=inputs.to(device), use_cache=False)
+        hidden = outputs.last_hidden_state[batch.mask.to(device)]
         head = models.head_of(proxy.model)
         parts = []
-        for piece in token_chunks(len(targets), len(head.weight)):
-            log_p = head_logits(hidden[piece], head.weight, head.bias).log_softmax(-1)
-            parts.append(log_p.gather(-1, targets[piece, None].to(device))[:, 0].cpu())
+        for chunk in token_chunks(len(targets), len(head.weight)):
+            log_p = head_logits(hidden[chunk], head.weight, head.bias).log_softmax(-1)
+            parts.append(log_p.gather(-1, targets[chunk, None].to(device))[:, 0].cpu())
         sizes = batch.mask.sum(1).tolist()
         return torch.stack([part.sum() for part in torch.cat(parts).split(sizes)])

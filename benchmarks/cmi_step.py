@@ -6,36 +6,31 @@
 Both compute the gradient of the cosine between what a surrogate learns from clean and from defended
 forward KL, with respect to the same matrix, on the same texts. The gradients must agree to 1e-4 of
 their norm; the run fails if they do not. Each variant is a process of its own, so that its peak of
-memory is its own; memory is what a step needs beyond models and inputs. Steps of the two take
+memory is its own; memory is what a step needs beyond models and inputs. The steps of the two take
 turns.
 """
 
 import argparse
-import json
-import resource
-import statistics
-import subprocess
 import sys
-import time
-from contextlib import suppress
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-# torch is imported inside the functions that children run: a child of a large process starts with
-# its parent's peak of memory as its own.
+from benchmarks.measured import MB, MeasuredProcess, answer_steps
 
 TOLERANCE = 1e-4
-MB = 1 << 20
 METHODS = ("closed_form", "double_backward")
+SAMPLED = 20_000
+"""Entries of the gradients that are compared: all of a small one, evenly spaced in a large one."""
 
 
 @dataclass(frozen=True)
-class Shape:
-    """A teacher's head and a surrogate: two blocks of which the last is watched."""
+class CmiShape:
+    """A teacher's head and a surrogate: two blocks, the last of which is watched."""
 
     name: str
     vocab: int
@@ -47,24 +42,27 @@ class Shape:
     steps: int
 
 
-SHAPES = (
-    Shape("pocket", 129, 160, 96, texts=16, length=64, rank=32, steps=10),
-    Shape("wide", 49_152, 576, 576, texts=4, length=192, rank=32, steps=2),
-)
+SHAPES = {
+    "pocket": CmiShape("pocket", 129, 160, 96, texts=16, length=64, rank=32, steps=10),
+    "wide": CmiShape("wide", 49_152, 576, 576, texts=4, length=192, rank=32, steps=2),
+    "smoke": CmiShape("smoke", 64, 32, 32, texts=2, length=8, rank=4, steps=1),
+}
+MEASURED = ("pocket", "wide")
+"""The shapes whose figures mean something; `smoke` only shows that the benchmark runs."""
 
 
-def setup(shape: Shape, method: str) -> Any:
-    """A function that takes one step and returns the cosine and the gradient's two factors."""
+def setup(shape: CmiShape, method: str) -> Callable[[int], dict[str, Any]]:
+    """A function that takes one step and returns the cosine and the gradient of both factors."""
+    # torch is imported by the children alone; `benchmarks.measured` says why.
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from azeotrope.defenses.cmi import Cmi, Config, LowRankHead
+    from azeotrope.defenses.cmi import Cmi, Config
     from azeotrope.heads.features import FeatureBatch
     from azeotrope.heads.head import Head
     from azeotrope.heads.surrogate import Surrogate
-    from azeotrope.models import Loaded
+    from azeotrope.models import Loaded, load_tokenizer
 
-    torch.set_num_threads(1)
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=shape.vocab,
@@ -75,11 +73,13 @@ def setup(shape: Shape, method: str) -> Any:
         num_key_value_heads=shape.surrogate // 32,
         tie_word_embeddings=False,
     )
-    surrogate = Surrogate(Loaded(LlamaForCausalLM(config), None), "last", shape.vocab)  # type: ignore[arg-type]
+    # A surrogate does not use its tokenizer; any one will do.
+    loaded = Loaded(LlamaForCausalLM(config), load_tokenizer("pocket/teacher"))
+    surrogate = Surrogate(loaded, "last", shape.vocab)
     plain = Head(torch.randn(shape.vocab, shape.hidden) * 0.1)
     settings = Config(rank=shape.rank, layer="last", method=method, cosine_on="both")  # type: ignore[arg-type]
     defense = Cmi(settings)
-    head = LowRankHead(plain, plain, settings, shape.vocab)
+    head = defense.parametrise(plain, plain, shape.vocab)
     with torch.no_grad():
         # Away from the start, where the cosine is 1 and its gradient 0.
         head.up.normal_(std=0.02)
@@ -95,71 +95,40 @@ def setup(shape: Shape, method: str) -> Any:
         (False,) * shape.texts,
     )
 
-    def step() -> tuple[float, list[float]]:
+    def step(_: int) -> dict[str, Any]:
         head.zero_grad(set_to_none=True)
         cosine = defense.turn(head, (surrogate,), batch, 1.0)
         gradient = torch.cat([head.up.grad.flatten(), head.down.grad.flatten()])  # type: ignore[union-attr]
-        # Enough of it to compare: all of a small one, evenly spaced entries of a large one.
-        sample = gradient[:: max(1, len(gradient) // 20_000)]
-        return cosine, [float(gradient.norm()), *sample.tolist()]
+        sample = gradient[:: max(1, len(gradient) // SAMPLED)]
+        return {"cosine": cosine, "gradient": sample.tolist()}
 
     return step
 
 
-def child(shape: Shape, method: str) -> None:
-    """One step for each line that comes in, one line of JSON for each step."""
-    step = setup(shape, method)
-    with suppress(OSError):
-        # Linux forgets the peak of setting up; elsewhere it is part of both figures.
-        Path("/proc/self/clear_refs").write_text("5")
-    loaded = peak_bytes()
-    for _ in sys.stdin:
-        started = time.perf_counter()
-        cosine, gradient = step()
-        found = {"seconds": time.perf_counter() - started, "cosine": cosine, "gradient": gradient}
-        print(json.dumps({**found, "peak": peak_bytes() - loaded}), flush=True)
-
-
-def peak_bytes() -> int:
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def compare(shape: Shape, steps: int) -> dict[str, dict[str, Any]]:
-    """Both variants, turn by turn; the first step of each warms up and is not timed."""
-    children = {
-        method: subprocess.Popen(
-            [sys.executable, "-m", __spec__.name, "--child", shape.name, method],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
+def compare(shape: CmiShape, steps: int) -> tuple[MeasuredProcess, MeasuredProcess]:
+    """Both variants, finished; the first step of each warms up and does not count."""
+    with ExitStack() as running:
+        closed_form, double_backward = (
+            running.enter_context(
+                MeasuredProcess(
+                    f"{shape.name} {method}",
+                    ["benchmarks.cmi_step", "--child", shape.name, method],
+                )
+            )
+            for method in METHODS
         )
-        for method in METHODS
-    }
-    found: dict[str, list[dict[str, Any]]] = {method: [] for method in METHODS}
-    for _ in range(steps + 1):
-        for method, process in children.items():
-            assert process.stdin is not None
-            assert process.stdout is not None
-            process.stdin.write("step\n")
-            process.stdin.flush()
-            found[method].append(json.loads(process.stdout.readline()))
-    for process in children.values():
-        process.communicate()
-    return {
-        method: {
-            **taken[-1],
-            "seconds": statistics.median(step["seconds"] for step in taken[1:]),
-        }
-        for method, taken in found.items()
-    }
+        for variant in (closed_form, double_backward):
+            variant.answer()
+        for number in range(steps + 1):
+            for variant in (closed_form, double_backward):
+                variant.step(number, counts=number > 0)
+    return closed_form, double_backward
 
 
-def difference(ours: dict[str, Any], theirs: dict[str, Any]) -> float:
-    """Distance of the two gradients over the norm of one, on the entries that were kept."""
-    pairs = list(zip(ours["gradient"][1:], theirs["gradient"][1:], strict=True))
-    apart = sum((one - other) ** 2 for one, other in pairs) ** 0.5
-    return apart / max(sum(other**2 for _, other in pairs) ** 0.5, 1e-30)
+def difference(ours: list[float], theirs: list[float]) -> float:
+    """Distance of two gradients over the norm of the second, on the sampled entries."""
+    distance = sum((a - b) ** 2 for a, b in zip(ours, theirs, strict=True)) ** 0.5
+    return distance / max(sum(value**2 for value in theirs) ** 0.5, 1e-30)
 
 
 def _positive(text: str) -> int:
@@ -169,39 +138,40 @@ def _positive(text: str) -> int:
 
 
 def main() -> None:
+    """Print one table over the chosen shapes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    names = [*(shape.name for shape in SHAPES), "both"]
-    parser.add_argument("--shape", choices=names, default="both")
+    parser.add_argument("--shape", choices=[*SHAPES, "both"], default="both")
     parser.add_argument("--steps", type=_positive, help="steps that count (pocket 10, wide 2)")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.child:
-        name, method = given.child
-        child(next(shape for shape in SHAPES if shape.name == name), method)
+    options = parser.parse_args()
+    if options.child:
+        import torch
+
+        torch.set_num_threads(1)
+        name, method = options.child
+        answer_steps(setup(SHAPES[name], method), mark_after_first=False)
         return
     table = Table("shape", "tokens", "vocabulary", "ms closed form", "ms double backward")
     for name in ("time", "MB closed form", "MB double backward", "memory", "gradients differ by"):
         table.add_column(name)
-    for shape in SHAPES:
-        if given.shape not in (shape.name, "both"):
-            continue
-        found = compare(shape, given.steps or shape.steps)
-        ours, theirs = (found[method] for method in METHODS)
-        apart = difference(ours, theirs)
+    for name in MEASURED if options.shape == "both" else (options.shape,):
+        shape = SHAPES[name]
+        ours, theirs = compare(shape, options.steps or shape.steps)
+        distance = difference(ours.answers[-1]["gradient"], theirs.answers[-1]["gradient"])
         table.add_row(
             shape.name,
             f"{shape.texts * shape.length:,}",
             f"{shape.vocab:,}",
-            f"{1000 * ours['seconds']:,.1f}",
-            f"{1000 * theirs['seconds']:,.1f}",
-            f"{theirs['seconds'] / ours['seconds']:.2f} x",
-            f"{ours['peak'] / MB:,.0f}",
-            f"{theirs['peak'] / MB:,.0f}",
-            f"{theirs['peak'] / max(ours['peak'], 1):.2f} x",
-            f"{apart:.1e}",
+            f"{ours.milliseconds:,.1f}",
+            f"{theirs.milliseconds:,.1f}",
+            f"{theirs.milliseconds / ours.milliseconds:.2f} x",
+            f"{ours.peak / MB:,.0f}",
+            f"{theirs.peak / MB:,.0f}",
+            f"{theirs.peak / max(ours.peak, 1):.2f} x",
+            f"{distance:.1e}",
         )
-        if not apart <= TOLERANCE:
-            sys.exit(f"{shape.name}: the gradients differ by {apart:.2g} of their norm")
+        if not distance <= TOLERANCE:
+            sys.exit(f"{shape.name}: the gradients differ by {distance:.2g} of their norm")
     Console(width=150).print(table)
 
 

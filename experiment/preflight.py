@@ -10,8 +10,8 @@ from actors.heads import CHECKED_PROMPTS
 from azeotrope import models, packaged
 from azeotrope.config import ConfigError
 from azeotrope.heads.folding import check_foldable
-from azeotrope.heads.search import UtilityFloor
 from azeotrope.heads.surrogate import check_vocabulary, first_block
+from azeotrope.heads.utility import UtilityFloor
 from azeotrope.logits.vocabulary import share, token_rows
 from azeotrope.pocket import smollm2
 from azeotrope.tasks import Task

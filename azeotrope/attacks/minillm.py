@@ -36,6 +36,7 @@ from azeotrope.generation import Sampling, generate
 from azeotrope.heads import chunked
 from azeotrope.logits import divergences
 from azeotrope.logits.alignment import same_vocabulary
+from azeotrope.logits.chunks import head_logits, token_chunks
 from azeotrope.logits.observation import View
 from azeotrope.mixture import Mixture
 from azeotrope.models import Loaded
@@ -165,7 +166,7 @@ class MiniLlm(LogitAttack):
         temperature = self.config.temperature
 
         def both(ours: Tensor, theirs: Tensor) -> tuple[Tensor, Tensor]:
-            logits = chunked.logits(ours, weight, bias)[:, : teacher.rows]  # type: ignore[arg-type]
+            logits = head_logits(ours, weight, bias)[:, : teacher.rows]  # type: ignore[arg-type]
             return tuple(  # type: ignore[return-value]
                 (x / temperature).log_softmax(-1) for x in (logits, teacher.logits(theirs))
             )
@@ -187,7 +188,7 @@ class MiniLlm(LogitAttack):
         width = max(len(weight), teacher.rows)  # type: ignore[arg-type]
         with torch.no_grad():
             theirs = chunked.hidden_states(teacher.model, batch)
-            pieces = chunked.chunks(len(labels), width, self.budget)
+            pieces = token_chunks(len(labels), width, self.budget)
             log_q, log_p = torch.cat([said(ours[x], theirs[x], labels[x]) for x in pieces], -1)
             reward = log_p - log_q
             # q / m with both divided by q.

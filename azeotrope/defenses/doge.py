@@ -1,12 +1,12 @@
 """DOGe: defensive output generation by adversarial fine-tuning of the output head.
 
-The head learns to keep writing the teacher's own answers while its reasoning moves away from what
+The head learns to keep writing the teacher's own answers, while its reasoning moves away from what
 proxy students would predict:
 
     L = - sum_t log p_T(y_t) - strength * sum_{t in reasoning} (1/N) sum_i KL(p_T,t || p_i,t)
 
 with both distributions at `temperature`. The trunk is frozen, so hidden states are computed once
-and a step is two matrix products; logits exist one chunk of tokens at a time.
+and a step is two matrix products. Logits exist for one chunk of tokens at a time.
 
 Reference: Li, Tan et al. 2025, "DOGe: Defensive Output Generation", arXiv:2505.19504.
 """
@@ -15,7 +15,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
@@ -29,7 +29,7 @@ Reduction = Literal["sum", "token_mean", "release"]
 
 
 class Config(DefenseConfig):
-    """Defaults are the paper's but for the strength, whose scale depends on the reduction."""
+    """Defaults are the paper's, except the strength, whose scale depends on the reduction."""
 
     name: Literal["doge"] = "doge"
     strength: float = Field(default=0.3, ge=0, description="lambda; 0 leaves the head as it is")
@@ -43,18 +43,21 @@ class Config(DefenseConfig):
     reduction: Reduction = Field(
         default="sum",
         description="sum: both terms summed over tokens (Algorithm 1); token_mean: each divided "
-        "by its own tokens; release: mean of the first, sum a sequence of the second",
+        "by its own tokens; release: mean of the first, sum per sequence of the second",
     )
     clamp: float | None = Field(
-        default=None, gt=0, description="nats a token above which KL is not pushed further"
+        default=None, gt=0, description="nats per token above which KL is not pushed further"
     )
 
 
 class Doge(Defense):
     """The training objective; see the module's docstring for the equation.
 
-    KL is taken over the tokens that teacher and proxy share by string, both renormalised there.
-    Gradients reach the teacher's head alone.
+    KL is taken over the tokens that teacher and proxy share by string; both distributions are
+    renormalised on them. Gradients reach the teacher's head alone.
+
+    Args:
+        budget: greatest number of logits that exist at once.
     """
 
     stage = "weights"
@@ -65,7 +68,11 @@ class Doge(Defense):
         self.budget = budget
 
     def calibrate(self, completion_tokens: int, reasoning_tokens: int, sequences: int) -> None:
-        """Turn the strength into the one that means the same under `reduction="sum"`."""
+        """Turn the strength into the one that means the same under `reduction="sum"`.
+
+        Raises:
+            ValueError: if no token is adversarial.
+        """
         self.strength = equivalent_strength(
             self.config,
             completion_tokens=completion_tokens,
@@ -84,9 +91,11 @@ class Doge(Defense):
         """
         if not proxies and self.config.strength > 0:
             raise ValueError("doge needs at least one proxy; name one under `proxies`")
+        # In float64 the total hardly depends on how the tokens are cut into chunks.
         total = torch.zeros((), dtype=torch.float64)
         for part in token_chunks(len(batch.targets), len(head.weight), self.budget):
             hidden = batch.teacher[part].float()
+            # Autograd ends at the logits; `_accumulate` takes their gradient on to the head.
             logits = head_logits(hidden, head.weight, head.bias).detach()
             logits.requires_grad_(torch.is_grad_enabled())
             ce, kl = self._terms(
@@ -103,19 +112,6 @@ class Doge(Defense):
             total += value.detach().double().cpu()
         return TokenSum(total.float(), len(batch.targets))
 
-    def terms(
-        self,
-        head: Head,
-        proxies: tuple[ProxyHead, ...],
-        hidden: Float[Tensor, "tokens hidden"],
-        proxy_hidden: tuple[Tensor, ...],
-        targets: Int[Tensor, " tokens"],
-        reasoning: Bool[Tensor, " tokens"],
-    ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-        """Summed cross-entropy of all tokens, and summed mean KL of the adversarial ones."""
-        logits = head_logits(hidden.float(), head.weight, head.bias)
-        return self._terms(logits, proxies, proxy_hidden, targets, reasoning)
-
     def _terms(
         self,
         logits: Tensor,
@@ -124,14 +120,15 @@ class Doge(Defense):
         targets: Tensor,
         reasoning: Tensor,
     ) -> tuple[Tensor, Tensor]:
+        """Summed cross-entropy of all tokens, and summed mean KL of the adversarial ones."""
         ce = F.cross_entropy(logits, targets, reduction="sum")
-        chosen = reasoning if self.config.mask == "reasoning" else torch.ones_like(reasoning)
-        if not proxies or not bool(chosen.any()):
+        adversarial = reasoning if self.config.mask == "reasoning" else torch.ones_like(reasoning)
+        if not proxies or not bool(adversarial.any()):
             return ce, ce.new_zeros(())
-        logits = logits[chosen] / self.config.temperature
+        logits = logits[adversarial] / self.config.temperature
         kl = ce.new_zeros(())
         for proxy, states in zip(proxies, proxy_hidden, strict=True):
-            kl = kl + self._divergence(logits, proxy, states[chosen].float())
+            kl = kl + self._divergence(logits, proxy, states[adversarial].float())
         return ce, kl / len(proxies)
 
     def _divergence(self, logits: Tensor, proxy: ProxyHead, states: Tensor) -> Float[Tensor, ""]:
@@ -141,8 +138,8 @@ class Doge(Defense):
         shared = logits[:, whole if proxy.is_whole else proxy.teacher_ids]
         log_teacher = shared.log_softmax(-1)
         with torch.no_grad():
-            theirs = head_logits(states, proxy.weight, proxy.bias) / self.config.temperature
-            log_proxy = theirs.log_softmax(-1)
+            proxy_logits = head_logits(states, proxy.weight, proxy.bias) / self.config.temperature
+            log_proxy = proxy_logits.log_softmax(-1)
         kl = (log_teacher.exp() * (log_teacher - log_proxy)).sum(-1)
         if self.config.clamp is not None:
             kl = kl.clamp(max=self.config.clamp)
@@ -152,7 +149,7 @@ class Doge(Defense):
 def _accumulate(head: Head, gradient: Tensor | None, hidden: Tensor) -> None:
     """Add one chunk's part, dL/dW += (dL/dz)^T h, in place.
 
-    Autograd would make a temporary as large as the head for every chunk.
+    Autograd would allocate a temporary as large as the head for every chunk.
     """
     assert gradient is not None
     with torch.no_grad():
@@ -170,8 +167,9 @@ def equivalent_strength(
     """The strength that means the same under `reduction="sum"`, for data of this shape.
 
     `token_mean` divides the KL by the adversarial tokens and the cross-entropy by all of them;
-    `release` divides the KL by sequences. Multiplying the objective by the number of tokens
-    leaves its minimum where it is and shows the factor.
+    `release` divides the KL by sequences. Multiplying each objective by the number of completion
+    tokens leaves its minimum where it is, and makes the cross-entropy the same sum in all three;
+    the factor that is left on the KL is the strength.
 
     Raises:
         ValueError: if no token is adversarial.

@@ -1,7 +1,7 @@
-"""Output heads in token chunks: losses that never hold a tokens x vocabulary tensor.
+"""Losses of an output head in token chunks: no tokens x vocabulary tensor ever exists.
 
 A head is a weight of shape [vocab, hidden] and an optional bias. Hidden states are the trunk's
-last ones, taken only where a token is to be predicted, so the prompt costs nothing here.
+last ones, taken only where a completion token is predicted, so the prompt adds no logits.
 """
 
 import torch
@@ -11,9 +11,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from azeotrope.logits.chunks import LOGITS_BUDGET
-from azeotrope.logits.chunks import head_logits as logits
-from azeotrope.logits.chunks import token_chunks as chunks
+from azeotrope.logits.chunks import LOGITS_BUDGET, head_logits, token_chunks
 from azeotrope.tokens import Batch
 from azeotrope.training import TokenSum
 
@@ -34,19 +32,20 @@ def cross_entropy(
 ) -> TokenSum:
     """Negative log-likelihood in nats, summed over tokens: -sum_t log softmax(W h_t)[y_t].
 
-    Each chunk's logits are computed again in the backward pass, so memory is
-    O(chunk x vocab) whatever the number of tokens. Gradients reach `hidden` and `weight`.
+    Memory is O(chunk x vocab) for any number of tokens. Gradients reach `hidden`, `weight` and
+    `bias`.
     """
 
     def part(rows: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(logits(rows, weight, bias), labels, reduction="sum")
+        return F.cross_entropy(head_logits(rows, weight, bias), labels, reduction="sum")
 
-    parts = list(chunks(len(targets), len(weight), budget))
-    if len(parts) == 1:
+    slices = list(token_chunks(len(targets), len(weight), budget))
+    if len(slices) == 1:
         return TokenSum(part(hidden, targets), len(targets))
     total = hidden.new_zeros((), dtype=torch.float32)
-    for piece in parts:
-        total = total + checkpoint(part, hidden[piece], targets[piece], use_reentrant=False)
+    for chunk in slices:
+        # The backward pass computes a chunk's logits again instead of keeping those of all chunks.
+        total = total + checkpoint(part, hidden[chunk], targets[chunk], use_reentrant=False)
     return TokenSum(total, len(targets))
 
 

@@ -7,7 +7,10 @@ from azeotrope.logits.vocabulary import SharedVocabulary
 
 
 class Head(nn.Module):
-    """The teacher's output head as trainable parameters, and the frozen heads of the proxies."""
+    """The teacher's output head as trainable parameters, in float32.
+
+    The parameters are copies: training does not change the model that they come from.
+    """
 
     def __init__(
         self,
@@ -24,7 +27,7 @@ class Head(nn.Module):
 
 
 class ProxyHead(nn.Module):
-    """A proxy's frozen head and the tokens it shares with the teacher."""
+    """A proxy's frozen head, cut to the tokens that it shares with the teacher."""
 
     def __init__(
         self,
@@ -33,8 +36,9 @@ class ProxyHead(nn.Module):
         shared: SharedVocabulary,
     ) -> None:
         super().__init__()
-        # Only the shared rows are ever used: cutting once spares a gather in each step.
+        # Only the shared rows are ever used: one gather here saves one in every step.
         self.weight = nn.Buffer(weight.detach().float()[shared.proxy_ids])
         self.bias = None if bias is None else nn.Buffer(bias.detach().float()[shared.proxy_ids])
         self.teacher_ids = nn.Buffer(shared.teacher_ids)
         self.is_whole = shared.is_identity
+        """Every token of the teacher has the same id in the proxy, so nothing is gathered."""

@@ -1,6 +1,6 @@
 """A frozen surrogate student whose gradients a defense aims at.
 
-Gradients are wanted for one layer near the end, so the blocks before it are never run again:
+Only the gradients of one layer near the end are needed, so the blocks before it never run again:
 what enters that layer is stored, and a step runs the tail of the trunk from there on.
 """
 
@@ -20,7 +20,8 @@ from azeotrope.logits.chunks import head_logits
 from azeotrope.logits.vocabulary import token_rows
 from azeotrope.models import Loaded
 
-_HEAD = "lm_head.weight"
+HEAD_TENSOR = "lm_head.weight"
+"""The name of a surrogate's output head among the tensors that can be watched."""
 _BLOCK = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
 
@@ -40,34 +41,34 @@ def first_block(model: PreTrainedModel, layer: str) -> int:
         if block < 0:
             raise ValueError(f"a surrogate of {blocks} blocks has no penultimate one")
         return block
-    if layer == _HEAD:
+    if layer == HEAD_TENSOR:
         return blocks
-    # The final norm belongs to the last block: what is stored enters a block.
-    names = {
-        name: int(found[1]) if (found := _BLOCK.search(name)) else blocks - 1
+    # Stored states enter a block, so the final norm is reached through the last one.
+    block_of = {
+        name: int(match[1]) if (match := _BLOCK.search(name)) else blocks - 1
         for name, _ in model.named_parameters()
         if _BLOCK.search(name) or ".norm." in f".{name}"
     }
-    if layer not in names:
-        near = ", ".join(list(names)[-10:])
+    if layer not in block_of:
+        last_names = ", ".join(list(block_of)[-10:])
         raise ValueError(
             f"the surrogate has no tensor {layer!r} that a gradient can be taken of; give `last`, "
-            f"`penultimate`, `lm_head.weight` or one such as: {near}"
+            f"`penultimate`, `lm_head.weight` or one such as: {last_names}"
         )
-    return names[layer]
+    return block_of[layer]
 
 
 class Surrogate(nn.Module):
     """The tail of a student from the chosen layer on, with its head; nothing in it is trained.
 
-    The model that is given is taken over: its earlier blocks are dropped.
-
     Args:
+        loaded: the student. Its model is changed: the earlier blocks are dropped.
+        layer: the layer whose gradients count; see `first_block`.
         rows: rows of the vocabulary that belong to tokens; rows that pad the head are left out.
 
     Raises:
-        ValueError: if the model has no such layer, or its last blocks do not compute alone what
-            they do in the whole.
+        ValueError: if the model has no such layer, or its last blocks alone compute other states
+            than they do in the whole model.
     """
 
     def __init__(self, loaded: Loaded, layer: str, rows: int) -> None:
@@ -80,32 +81,34 @@ class Surrogate(nn.Module):
         sample = torch.arange(min(rows, 8), device=model.device).unsqueeze(0)
         with torch.no_grad():
             entering = block_inputs(model, sample, start)[0]
-            wanted = trunk(input_ids=sample, use_cache=False).last_hidden_state[0]
+            expected = trunk(input_ids=sample, use_cache=False).last_hidden_state[0]
+        # Attention masks and caches follow the configuration's list of layers, so it is cut too.
         trunk.layers = blocks_of(model)[start:]
         model.config.num_hidden_layers -= start
         if getattr(model.config, "layer_types", None):
             model.config.layer_types = model.config.layer_types[start:]
-        # What counts is the angle between gradients, and bfloat16 cannot tell small angles apart.
+        # The loss is an angle between gradients, and bfloat16 does not resolve small angles.
         self.trunk: nn.Module = trunk.to(_precise(model.dtype))
         head = models.head_of(model)
         self.weight = nn.Buffer(head.weight.detach().float()[:rows])
         self.bias = None if head.bias is None else nn.Buffer(head.bias.detach().float()[:rows])
         trunk.requires_grad_(False)
-        self.in_head = layer == _HEAD
+        self.in_head = layer == HEAD_TENSOR
         self.names = [] if self.in_head else _chosen(model, trunk, layer, start)
         with torch.no_grad():
-            found = self.hidden({}, entering, [len(entering)], [len(entering)])
-        # Models that scale what they are given instead of their embeddings are far off.
-        if not (found - wanted).float().norm() <= 0.05 * wanted.float().norm():
+            actual = self.hidden({}, entering, [len(entering)], [len(entering)])
+        # Some models scale whatever enters the trunk, not just embeddings: they are far off, and
+        # low precision is within 5 %.
+        if not (actual - expected).float().norm() <= 0.05 * expected.float().norm():
             raise ValueError(
                 f"the blocks of {type(model).__name__} from {start} on give other states than in "
-                "the whole model; it cannot be a surrogate"
+                "the whole model, so it cannot be a surrogate; take a proxy of another family"
             )
 
     def watched(self) -> dict[str, Tensor]:
         """Copies of the tensors whose gradients count, ready to be differentiated."""
         if self.in_head:
-            return {_HEAD: self.weight.detach().requires_grad_(True)}
+            return {HEAD_TENSOR: self.weight.detach().requires_grad_(True)}
         named = dict(self.trunk.named_parameters())
         return {name: named[name].detach().requires_grad_(True) for name in self.names}
 
@@ -127,10 +130,11 @@ class Surrogate(nn.Module):
         padded = torch.zeros(shape, dtype=_precise(inputs.dtype), device=inputs.device)
         mask = torch.zeros(len(rows), width, dtype=torch.bool, device=inputs.device)
         for number, part in enumerate(inputs.split(list(rows))):
+            # Padding comes last and attention is causal, so it changes no state that counts.
             padded[number, : len(part)] = part
             mask[number, len(part) - counts[number] : len(part)] = True
         if self.in_head:
-            # Nothing but the head is left: the last states themselves were stored.
+            # Only the head remains: the stored inputs are the last states.
             return padded[mask]
         arguments = {"inputs_embeds": padded, "use_cache": False}
         out = functional_call(self.trunk, tensors, kwargs=arguments)
@@ -160,18 +164,21 @@ class Surrogate(nn.Module):
         rows: Sequence[int],
         counts: Sequence[int],
     ) -> Callable[[slice], Tensor]:
-        """How the logits move along that direction, for any chunk of the tokens."""
+        """How the logits move along that direction, as a function of a chunk of the tokens."""
         if self.in_head:
-            states, turn = self.hidden(tensors, inputs, rows, counts), along[_HEAD]
+            states, turn = self.hidden(tensors, inputs, rows, counts), along[HEAD_TENSOR]
+            # Logits are linear in the head's weight, so no derivative is taken.
             return lambda part: states[part].float() @ turn.T
         change = self.direction(tensors, along, inputs, rows, counts)
         return lambda part: change[part].float() @ self.weight.T
 
     def logits(self, hidden: Float[Tensor, "tokens hidden"]) -> Float[Tensor, "tokens vocab"]:
+        """The surrogate's own logits of the rows that are tokens."""
         return head_logits(hidden.float(), self.weight, self.bias)
 
 
 def _precise(dtype: torch.dtype) -> torch.dtype:
+    """At least float32; float64 stays, for tests of the derivatives."""
     return torch.promote_types(dtype, torch.float32)
 
 
@@ -186,10 +193,10 @@ def _chosen(model: PreTrainedModel, trunk: nn.Module, layer: str, start: int) ->
 def check_vocabulary(
     surrogate: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, name: str
 ) -> None:
-    """Gradients under a teacher's logits exist only where both have the same tokens.
+    """Refuse a surrogate whose distribution cannot be compared with the teacher's token by token.
 
     Raises:
-        ValueError: if the surrogate's vocabulary is another.
+        ValueError: if the two vocabularies differ.
     """
     if not same_vocabulary(teacher, surrogate):
         raise ValueError(
@@ -203,7 +210,8 @@ def surrogate_from(loaded: Loaded, teacher: Loaded, layer: str, name: str) -> Su
     """A surrogate for this teacher.
 
     Raises:
-        ValueError: if it has another vocabulary than the teacher, or no such layer.
+        ValueError: if it has another vocabulary than the teacher, no such layer, or a tail that
+            does not compute alone what it does in the whole model.
     """
     check_vocabulary(loaded.tokenizer, teacher.tokenizer, name)
     return Surrogate(loaded, layer, token_rows(teacher.tokenizer))

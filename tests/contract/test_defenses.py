@@ -27,7 +27,7 @@ from azeotrope.defenses.base import (
 )
 from azeotrope.heads.features import FeatureBatch, FeaturePair, Features, join
 from azeotrope.heads.head import Head, ProxyHead
-from azeotrope.heads.search import HeadTraining, train_head
+from azeotrope.heads.search import HeadSearch, HeadTraining
 from azeotrope.heads.surrogate import Surrogate
 from azeotrope.logits.vocabulary import SharedVocabulary
 from azeotrope.models import Loaded, load_tokenizer
@@ -137,7 +137,7 @@ def test_strength_zero_is_the_identity(name: str) -> None:
     assert torch.equal(defense.adjust_logits(logits.clone(), [[1], [], [2, 3]]), logits)
     head, proxies, data = head_and_data(defense)
     before = head.folded().weight.detach().clone()
-    train_head(head, proxies, data, defense, HeadTraining(floor=None))
+    HeadSearch(head, proxies, data, defense, HeadTraining(floor=None)).run()
     assert torch.equal(head.folded().weight, before)
 
 
@@ -174,7 +174,7 @@ def test_a_defense_acts_in_its_stage_and_only_there(name: str) -> None:
     # Whatever is trained in its place, what is exported is a plain head of the same shape.
     before = head.folded().weight.detach().clone()
     training = HeadTraining.model_validate({"fit": {"steps": 2, "batch_size": 2}, "floor": None})
-    train_head(head, proxies, data, defense, training)
+    HeadSearch(head, proxies, data, defense, training).run()
     after = head.folded()
     assert type(after) is Head
     assert after.weight.shape == before.shape

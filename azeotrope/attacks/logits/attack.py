@@ -27,6 +27,7 @@ from azeotrope.attacks.logits.lessons import ComparedPositions, join_lessons, ma
 from azeotrope.attacks.logits.teacher import TeacherHead
 from azeotrope.heads import chunked
 from azeotrope.logits.alignment import next_pieces, same_vocabulary, spellings
+from azeotrope.logits.chunks import LOGITS_BUDGET, head_logits, token_chunks
 from azeotrope.logits.divergences import Divergence
 from azeotrope.logits.inversion import Inversion, fit_inversion
 from azeotrope.logits.observation import Events, View, as_events, merged, observe, temper
@@ -71,7 +72,7 @@ class LogitAttack(Attack):
 
     needs = "logits"
 
-    def __init__(self, config: Any, *, budget: int = chunked.LOGITS_BUDGET) -> None:
+    def __init__(self, config: Any, *, budget: int = LOGITS_BUDGET) -> None:
         super().__init__(config)
         self.budget = budget
         self.teacher: TeacherHead | None = None
@@ -166,7 +167,7 @@ class LogitAttack(Attack):
         positions: ComparedPositions,
     ) -> Tensor:
         """Summed cross-entropy of some tokens, and each divergence's weighted sum."""
-        logits = chunked.logits(states, weight, bias)
+        logits = head_logits(states, weight, bias)
         sft = F.cross_entropy(logits, labels, reduction="sum")
         kd = [sft.new_zeros(()) for _ in self.divergences()]
         compared = (rows >= 0).nonzero()[:, 0] if self.config.kd_weight else rows[:0]
@@ -220,7 +221,7 @@ class LogitAttack(Attack):
         with torch.enable_grad():
             states = states.requires_grad_(True)
             fixed = weight.detach(), None if bias is None else bias.detach()
-            logits = chunked.logits(states, *fixed)
+            logits = head_logits(states, *fixed)
             sft = F.cross_entropy(logits, labels, reduction="sum")
             kd = torch.stack(self._compare(logits, events)).sum()
             # A token's terms depend on its own state alone, so gradients of sums are per token.
@@ -240,7 +241,7 @@ def sum_by_chunks(
         width: logits per token.
         budget: greatest number of logits alive at once.
     """
-    pieces = list(chunked.chunks(len(arguments[0]), width, budget))
+    pieces = list(token_chunks(len(arguments[0]), width, budget))
     if len(pieces) == 1:
         return part(*arguments)
     sums = (

@@ -7,8 +7,8 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from azeotrope.heads import chunked
 from azeotrope.heads.features import Features
+from azeotrope.logits.chunks import head_logits
 from azeotrope.logits.vocabulary import token_rows
 
 
@@ -48,7 +48,7 @@ class TeacherHead:
         self.model = model
 
     def logits(self, hidden: Float[Tensor, "tokens hidden"]) -> Float[Tensor, "tokens vocab"]:
-        return chunked.logits(hidden.float(), self.weight, self.bias)
+        return head_logits(hidden.float(), self.weight, self.bias)
 
     def pairs(self, count: int) -> tuple[Tensor, Tensor]:
         """Clean and defended logits of `count` positions, drawn at random from all texts.
@@ -67,7 +67,7 @@ class TeacherHead:
             )
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
         hidden = rows[order[:count].to(rows.device)].to(self.weight.device).float()
-        return chunked.logits(hidden, *self.snapshot), self.logits(hidden)
+        return head_logits(hidden, *self.snapshot), self.logits(hidden)
 
 
 def _first_rows(weight: Tensor, bias: Tensor | None, rows: int) -> tuple[Tensor, Tensor | None]:

@@ -13,7 +13,7 @@ from logit_reference import (
 from torch import Tensor
 
 from azeotrope.attacks.logits.teacher import TeacherHead
-from azeotrope.heads import chunked
+from azeotrope.logits.chunks import head_logits
 from azeotrope.models import head_of
 
 
@@ -45,7 +45,7 @@ def test_pairs_are_drawn_without_regard_to_order(defended) -> None:
     assert torch.equal(clean, again[0])
     assert torch.equal(seen, again[1])
     hidden = torch.cat([item.hidden for item in defended.features.values()])
-    everything = chunked.logits(hidden, *defended.snapshot)
+    everything = head_logits(hidden, *defended.snapshot)
     rows = [int((everything - row).abs().sum(-1).argmin()) for row in clean]
     assert len(set(rows)) == 20
     assert rows != sorted(rows)

@@ -1,13 +1,10 @@
 """DOGe's objective: hand-computed values, the closed form of its gradient, and its reductions."""
 
-import json
 import math
-import random
 
 import pytest
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
@@ -16,10 +13,9 @@ from azeotrope.config import ConfigError
 from azeotrope.defenses import base as defenses
 from azeotrope.defenses.doge import Config, Doge, equivalent_strength
 from azeotrope.heads import features
-from azeotrope.heads.export import head_from, proxy_head_from
 from azeotrope.heads.features import FeatureBatch, FeaturePair, Features
 from azeotrope.heads.head import Head, ProxyHead
-from azeotrope.heads.search import HeadTraining, train_head
+from azeotrope.heads.search import HeadSearch, HeadTraining
 from azeotrope.logits.chunks import head_logits
 from azeotrope.logits.vocabulary import SharedVocabulary, share
 from azeotrope.tokens import Boundary, encode
@@ -62,10 +58,10 @@ def gradients(
 ) -> tuple[float, Tensor]:
     """The total, and the gradients of weight and bias as one vector."""
     head.zero_grad()
-    found = doge.loss(head, proxies, batch)
-    assert found.count == len(batch.targets)
-    assert not found.total.requires_grad
-    return found.total.item(), torch.cat([head.weight.grad.flatten(), head.bias.grad])
+    actual = doge.loss(head, proxies, batch)
+    assert actual.count == len(batch.targets)
+    assert not actual.total.requires_grad
+    return actual.total.item(), torch.cat([head.weight.grad.flatten(), head.bias.grad])
 
 
 def each_kl(
@@ -78,10 +74,21 @@ def each_kl(
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
+def terms_of(
+    doge: Doge,
+    head: Head,
+    proxies: tuple[ProxyHead, ...],
+    batch: FeatureBatch,
+    hidden: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy and divergence of a whole batch, with a graph."""
+    states = batch.teacher if hidden is None else hidden
+    logits = head_logits(states.float(), head.weight, head.bias)
+    return doge._terms(logits, proxies, batch.proxies, batch.targets, batch.reasoning)
+
+
 def kl_of(doge: Doge, head: Head, proxies: tuple[ProxyHead, ...], batch: FeatureBatch) -> Tensor:
-    return doge.terms(head, proxies, batch.teacher, batch.proxies, batch.targets, batch.reasoning)[
-        1
-    ]
+    return terms_of(doge, head, proxies, batch)[1]
 
 
 def three_tokens(temperature: float) -> tuple[Head, ProxyHead, FeatureBatch]:
@@ -132,8 +139,8 @@ def test_the_loss_is_cross_entropy_minus_strength_times_kl() -> None:
     assert plain == pytest.approx(ce.item(), rel=1e-6)
     _, full_gradient = gradients(Doge(Config(strength=1)), head, (proxy,), batch)
     for strength in (0.25, 3.0):
-        found, gradient = gradients(Doge(Config(strength=strength)), head, (proxy,), batch)
-        assert found == pytest.approx((ce - strength * kl).item(), rel=1e-5)
+        actual, gradient = gradients(Doge(Config(strength=strength)), head, (proxy,), batch)
+        assert actual == pytest.approx((ce - strength * kl).item(), rel=1e-5)
         linear = plain_gradient + strength * (full_gradient - plain_gradient)
         torch.testing.assert_close(gradient, linear, rtol=1e-4, atol=1e-5)
 
@@ -170,9 +177,7 @@ def test_the_mask_takes_the_think_span_and_nothing_else(
 def test_answer_tokens_feel_no_divergence() -> None:
     head, proxy, batch = made_head(), made_proxy(7), made_batch()
     hidden = batch.teacher.clone().requires_grad_()
-    ce, kl = Doge(Config()).terms(
-        head, (proxy,), hidden, batch.proxies, batch.targets, batch.reasoning
-    )
+    ce, kl = terms_of(Doge(Config()), head, (proxy,), batch, hidden)
     (pushed,) = torch.autograd.grad(kl, hidden, retain_graph=True)
     assert torch.equal(pushed[~batch.reasoning], torch.zeros_like(pushed[~batch.reasoning]))
     assert (pushed[batch.reasoning].abs().sum(1) > 0).all()
@@ -227,9 +232,9 @@ def test_a_proxy_that_is_the_teacher_leaves_the_cross_entropy_alone() -> None:
     same = FeatureBatch(batch.ids, batch.targets, batch.reasoning, batch.teacher, (batch.teacher,))
     assert kl_of(Doge(Config()), head, (twin,), same).item() == pytest.approx(0, abs=1e-6)
     plain = gradients(Doge(Config(strength=0)), head, (twin,), same)
-    found = gradients(Doge(Config(strength=5)), head, (twin,), same)
-    assert found[0] == pytest.approx(plain[0], rel=1e-6)
-    torch.testing.assert_close(found[1], plain[1], rtol=1e-5, atol=1e-5)
+    actual = gradients(Doge(Config(strength=5)), head, (twin,), same)
+    assert actual[0] == pytest.approx(plain[0], rel=1e-6)
+    torch.testing.assert_close(actual[1], plain[1], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 4, 8])
@@ -238,9 +243,9 @@ def test_chunks_change_nothing(tokens: int) -> None:
     proxies = (made_proxy(30), made_proxy(40))
     whole = gradients(Doge(Config(strength=0.7)), head, proxies, batch)
     chunked = Doge(Config(strength=0.7), budget=tokens * VOCAB)
-    found = gradients(chunked, head, proxies, batch)
-    assert found[0] == pytest.approx(whole[0], rel=1e-6)
-    torch.testing.assert_close(found[1], whole[1], rtol=1e-5, atol=1e-6)
+    actual = gradients(chunked, head, proxies, batch)
+    assert actual[0] == pytest.approx(whole[0], rel=1e-6)
+    torch.testing.assert_close(actual[1], whole[1], rtol=1e-5, atol=1e-6)
 
 
 def test_gradients_reach_the_head_alone() -> None:
@@ -272,8 +277,8 @@ def test_gradients_reach_the_head_alone() -> None:
 )
 def test_equivalent_strengths_by_hand(reduction: str, mask: str, expected: float) -> None:
     config = Config(strength=0.3, reduction=reduction, mask=mask)
-    found = equivalent_strength(config, completion_tokens=40, reasoning_tokens=30, sequences=4)
-    assert found == pytest.approx(expected, rel=1e-12)
+    actual = equivalent_strength(config, completion_tokens=40, reasoning_tokens=30, sequences=4)
+    assert actual == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize("reduction", ["sum", "token_mean", "release"])
@@ -281,9 +286,7 @@ def test_a_converted_strength_pulls_in_the_same_direction(reduction: str) -> Non
     head, proxy, batch = made_head(), made_proxy(7), made_batch()
     reasoning = int(batch.reasoning.sum())
     doge = Doge(Config(strength=0.4, reduction=reduction))
-    ce, kl = doge.terms(
-        head, (proxy,), batch.teacher, batch.proxies, batch.targets, batch.reasoning
-    )
+    ce, kl = terms_of(doge, head, (proxy,), batch)
     # The three objectives as their authors wrote them.
     literal = {
         "sum": ce - 0.4 * kl,
@@ -291,72 +294,21 @@ def test_a_converted_strength_pulls_in_the_same_direction(reduction: str) -> Non
         "release": ce / TOKENS - 0.4 * kl / len(batch.ids),
     }[reduction]
     parts = torch.autograd.grad(literal, [head.weight, head.bias])
-    wanted = torch.cat([part.flatten() for part in parts])
+    literal_gradient = torch.cat([part.flatten() for part in parts])
     doge.calibrate(completion_tokens=TOKENS, reasoning_tokens=reasoning, sequences=2)
-    _, found = gradients(doge, head, (proxy,), batch)
+    _, actual = gradients(doge, head, (proxy,), batch)
     scale = 1 if reduction == "sum" else TOKENS
-    torch.testing.assert_close(found, wanted * scale, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(actual, literal_gradient * scale, rtol=1e-4, atol=1e-5)
 
 
 def test_data_without_reasoning_is_an_error_that_says_what_to_do() -> None:
     batch = made_batch(reasoning=(0, 0))
     item = Features("one", batch.targets, batch.reasoning, ~batch.reasoning, batch.teacher)
-    other = Features("one", batch.targets, batch.reasoning, ~batch.reasoning, batch.proxies[0])
-    data = [FeaturePair(item, (other,))]
+    proxy_item = Features("one", batch.targets, batch.reasoning, ~batch.reasoning, batch.proxies[0])
+    data = [FeaturePair(item, (proxy_item,))]
     training = HeadTraining(floor=None)
     with pytest.raises(ValueError, match=r"no trace has a reasoning token.*or set mask=none"):
-        train_head(made_head(), (made_proxy(7),), data, Doge(Config()), training)
-
-
-def permuted(tokenizer: PreTrainedTokenizerFast, order: list[int]) -> PreTrainedTokenizerFast:
-    """The same tokenizer with id `order[i]` where `i` was."""
-    data = json.loads(tokenizer.backend_tokenizer.to_str())
-    data["model"]["vocab"] = {t: order[i] for t, i in data["model"]["vocab"].items()}
-    for added in data["added_tokens"]:
-        added["id"] = order[added["id"]]
-    return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(json.dumps(data)),
-        pad_token="<pad>",
-        bos_token="<bos>",
-        eos_token="<eos>",
-        unk_token="<unk>",
-    )
-
-
-def test_a_proxy_with_permuted_ids_gives_the_same_loss(word: PreTrainedTokenizerFast) -> None:
-    teacher, proxy = models.load("pocket/teacher"), models.load("pocket/proxy-a")
-    other = models.load("pocket/proxy-a")
-    order = list(range(len(word)))
-    random.Random(0).shuffle(order)
-    mixed = models.Loaded(other.model, permuted(proxy.tokenizer, order))
-    with torch.no_grad():
-        for layer in (mixed.model.get_input_embeddings(), models.head_of(mixed.model)):
-            layer.weight[torch.tensor(order)] = layer.weight.clone()
-    texts = ["<think> 12 + 3 = 15. </think> #### 15", "<think> 4 - 1 = 3. </think> #### 3"]
-    examples = [
-        encode(
-            word, [{"role": "user", "content": "joe has 12 eggs."}], text,
-            boundary=Boundary(), max_length=64, id=text,
-        )
-        for text in texts
-    ]  # fmt: skip
-
-    def total(which: models.Loaded) -> tuple[float, Tensor]:
-        shared = share(teacher.tokenizer, which.tokenizer)
-        ours = features.compute(teacher.model, examples)
-        theirs = features.compute(which.model, examples, to_model=shared.to_proxy)
-        batch = features.join(features.pair_up(ours, [theirs]))
-        head = head_from(teacher)
-        found = Doge(Config(strength=0.5)).loss(
-            head, (proxy_head_from(which, teacher, "proxy"),), batch
-        )
-        return found.total.item(), head.weight.grad
-
-    assert share(teacher.tokenizer, proxy.tokenizer).is_identity
-    assert not share(teacher.tokenizer, mixed.tokenizer).is_identity
-    plain, mixed_up = total(proxy), total(mixed)
-    assert mixed_up[0] == pytest.approx(plain[0], rel=1e-6)
-    torch.testing.assert_close(mixed_up[1], plain[1], rtol=1e-5, atol=1e-5)
+        HeadSearch(made_head(), (made_proxy(7),), data, Doge(Config()), training).run()
 
 
 def test_rows_that_pad_the_head_are_left_out() -> None:
@@ -392,7 +344,8 @@ def test_strength_zero_leaves_the_head_bit_for_bit() -> None:
     before = {name: value.detach().clone() for name, value in head.named_parameters()}
     item = Features("one", batch.targets, batch.reasoning, ~batch.reasoning, batch.teacher)
     data = [FeaturePair(item, (item,))]
-    result = train_head(head, (made_proxy(7),), data, Doge(Config(strength=0)), HeadTraining())
+    doge = Doge(Config(strength=0))
+    result = HeadSearch(head, (made_proxy(7),), data, doge, HeadTraining()).run()
     assert result.strength == 0
     for name, value in head.named_parameters():
         assert torch.equal(value, before[name])

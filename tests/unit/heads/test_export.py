@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import (
@@ -20,12 +21,16 @@ from azeotrope.heads.export import (
     head_from,
     proxy_head_from,
     put_head,
-    stored_tensors,
 )
 from azeotrope.heads.head import Head
 
 PROMPTS = [[1, 9, 20, 33, 40], [1, 12, 5]]
 VOCABULARY = 23
+
+
+def stored_tensors(folder: Path) -> list[str]:
+    """Names of all tensors in a checkpoint's safetensors files."""
+    return [name for path in folder.glob("*.safetensors") for name in load_file(path)]
 
 
 def changed(loaded: models.Loaded) -> Head:
@@ -73,9 +78,9 @@ def test_a_plain_load_gives_the_logits_of_the_head(teacher: models.Loaded, tmp_p
     for ids in PROMPTS:
         tokens = torch.tensor([ids])
         hidden = original.base_model(input_ids=tokens).last_hidden_state
-        found = plain(input_ids=tokens).logits
-        torch.testing.assert_close(found, hidden @ head.weight.T, atol=1e-4, rtol=0)
-        assert (found - original(input_ids=tokens).logits).abs().max() > 0.1
+        logits = plain(input_ids=tokens).logits
+        torch.testing.assert_close(logits, hidden @ head.weight.T, atol=1e-4, rtol=0)
+        assert (logits - original(input_ids=tokens).logits).abs().max() > 0.1
     after = plain.state_dict()
     assert set(after) == {*trunk, "lm_head.weight"}
     for name, value in trunk.items():
@@ -133,10 +138,10 @@ def tampering(part: str, amount: float):
     @torch.no_grad()
     def save(loaded: models.Loaded, folder: Path) -> None:
         parameter = next(p for name, p in loaded.model.named_parameters() if part in name)
-        kept = parameter.clone()
+        original = parameter.clone()
         parameter.view(-1)[0] += amount
         honest(loaded, folder)
-        parameter.copy_(kept)
+        parameter.copy_(original)
 
     return save
 
@@ -146,7 +151,7 @@ def test_another_trunk_on_disk_is_found(
     part: str, teacher: models.Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(models, "save", tampering(part, 1e-3))
-    with pytest.raises(ExportError, match=f"holds another .*{part}"):
+    with pytest.raises(ExportError, match=f"holds a tensor .*{part}.* that differs"):
         export(teacher, changed(teacher), tmp_path / "out", PROMPTS)
 
 

@@ -65,10 +65,10 @@ def test_training_from_files_equals_running_the_models_at_every_step(
     config = FitConfig(steps=10, batch_size=4, learning_rate=3e-3, log_every=1)
     frozen = tuple(proxy_head_from(proxy, teacher, "proxy") for proxy in proxies)
     for number, model in enumerate((teacher, *proxies)):
-        found = compute(model.model, examples, batch_size=5)
+        computed = compute(model.model, examples, batch_size=5)
         # Several files to a folder, as several workers write them.
-        write_features(tmp_path / str(number) / "part-0.parquet", found[:7])
-        write_features(tmp_path / str(number) / "part-1.parquet", found[7:])
+        write_features(tmp_path / str(number) / "part-0.parquet", computed[:7])
+        write_features(tmp_path / str(number) / "part-1.parquet", computed[7:])
     stored = [read_features(tmp_path / str(number)) for number in range(3)]
     pairs = pair_up(stored[0], stored[1:])
     vocab = len(models.head_of(teacher.model).weight)
@@ -101,8 +101,8 @@ def test_training_from_files_equals_running_the_models_at_every_step(
     )
     second = fit(list(direct.parameters()), examples, afresh, config)
     assert first.tokens == second.tokens
-    for one, other in zip(first.log, second.log, strict=True):
-        assert one.loss == pytest.approx(other.loss, abs=1e-6)
+    for one_entry, other_entry in zip(first.log, second.log, strict=True):
+        assert one_entry.loss == pytest.approx(other_entry.loss, abs=1e-6)
     assert first.log[-1].loss != pytest.approx(first.log[0].loss, abs=1e-3)
     moved = (cached.weight - models.head_of(teacher.model).weight).abs().max()
     assert moved > 1e-3
@@ -118,11 +118,11 @@ def test_what_is_read_is_what_was_written_bit_for_bit(
     write_features(tmp_path / "features.parquet", written)
     read = read_features(tmp_path)
     assert [item.id for item in read] == [example.id for example in examples[:5]]
-    for one, other in zip(written, read, strict=True):
-        assert other.hidden.dtype == dtype
-        assert torch.equal(one.hidden, other.hidden)
+    for before, after in zip(written, read, strict=True):
+        assert after.hidden.dtype == dtype
+        assert torch.equal(before.hidden, after.hidden)
         for name in ("targets", "reasoning", "answer"):
-            assert torch.equal(getattr(one, name), getattr(other, name))
+            assert torch.equal(getattr(before, name), getattr(after, name))
 
 
 @torch.no_grad()
@@ -142,12 +142,12 @@ def test_a_proxy_reads_its_own_ids_and_keeps_the_teachers_targets(
     vocab = proxies[0].model.config.vocab_size
     shifted = torch.arange(vocab).roll(1)
     plain = compute(proxies[0].model, examples[:2])
-    other = models.load("pocket/proxy-a", device="cpu").model
-    embedding = other.get_input_embeddings()
+    shifted_model = models.load("pocket/proxy-a", device="cpu").model
+    embedding = shifted_model.get_input_embeddings()
     with torch.no_grad():
         embedding.weight[shifted] = embedding.weight.clone()
-    found = compute(other, examples[:2], to_model=shifted)
-    for one, two in zip(plain, found, strict=True):
+    computed = compute(shifted_model, examples[:2], to_model=shifted)
+    for one, two in zip(plain, computed, strict=True):
         assert torch.equal(one.targets, two.targets)
         assert torch.equal(one.hidden, two.hidden)
 
@@ -169,10 +169,10 @@ def test_pairs_are_made_by_id_whatever_the_order() -> None:
     assert join(pairs).targets.tolist() == [0, 1, 0, 1, 2]
 
 
-@pytest.mark.parametrize("other", [simple("b", 2), simple("a", 3)], ids=["missing", "longer"])
-def test_features_of_other_traces_do_not_pair(other: Features) -> None:
+@pytest.mark.parametrize("misfit", [simple("b", 2), simple("a", 3)], ids=["missing", "longer"])
+def test_features_of_other_traces_do_not_pair(misfit: Features) -> None:
     with pytest.raises(ValueError, match="proxy 1 has no features that fit trace a"):
-        pair_up([simple("a", 2)], [[simple("a", 2)], [other]])
+        pair_up([simple("a", 2)], [[simple("a", 2)], [misfit]])
 
 
 def test_an_empty_folder_is_not_taken_for_no_features(tmp_path: Path) -> None:
@@ -190,8 +190,8 @@ def test_what_enters_a_block_is_stored_for_every_token(
     run = teacher.model(input_ids=batch.input_ids, output_hidden_states=True)
     # With the number of all blocks, or more, what leaves the trunk.
     expected = run.hidden_states[min(block, 4)]
-    found = compute(teacher.model, chosen, before_block=block, batch_size=2)
-    for row, (item, example) in enumerate(zip(found, chosen, strict=True)):
+    computed = compute(teacher.model, chosen, before_block=block, batch_size=2)
+    for row, (item, example) in enumerate(zip(computed, chosen, strict=True)):
         assert item.hidden.shape[0] == len(example) - 1
         torch.testing.assert_close(item.hidden, expected[row, : len(example) - 1])
         assert item.targets.tolist() == list(example.completion)
@@ -208,8 +208,8 @@ def test_a_trunk_without_a_list_of_blocks_is_refused(examples: list[Example]) ->
 
 def test_whose_texts_they_are_is_stored(examples: list[Example], tmp_path: Path) -> None:
     model = models.load("pocket/proxy-a", device="cpu").model
-    found = [*compute(model, examples[:2]), *compute(model, examples[2:3], own=False)]
-    write_features(tmp_path / "features.parquet", found)
+    computed = [*compute(model, examples[:2]), *compute(model, examples[2:3], own=False)]
+    write_features(tmp_path / "features.parquet", computed)
     assert [item.own for item in read_features(tmp_path)] == [True, True, False]
 
 

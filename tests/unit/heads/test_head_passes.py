@@ -1,4 +1,4 @@
-"""Passes of head training: what each is given, what it is held to, and what it exports."""
+"""Passes of head training: their inputs, their floor and what they export."""
 
 import json
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ from experiment.stages import Stage
 from experiment.steps import Request
 from workflows.pipeline import defend
 
-# What a pass is asked for
+# What a pass requests
 
 
 def stage(name: str) -> Stage:
@@ -32,11 +32,11 @@ def stage(name: str) -> Stage:
 
 
 class Recorder:
-    """Takes the place of the cluster: notes every stage that is asked for, and makes none."""
+    """Takes the place of the cluster: notes every requested stage, and makes none."""
 
     def __init__(self) -> None:
         self.requests: list[Request] = []
-        self.asked: list[tuple[str, int, tuple[str, ...], bool, str | None]] = []
+        self.feature_stages: list[tuple[str, int, tuple[str, ...], bool, str | None]] = []
         self.trained: list[dict[str, Any]] = []
         self.truths: list[tuple[int, int]] = []
         self.rare: list[tuple[str, float]] = []
@@ -68,7 +68,7 @@ class Recorder:
         only_correct: bool,
         layer: str | None = None,
     ) -> Stage:
-        self.asked.append((traces.name, count, proxies, only_correct, layer))
+        self.feature_stages.append((traces.name, count, proxies, only_correct, layer))
         return stage(f"features-{traces.name}")
 
     def head(
@@ -132,7 +132,7 @@ def test_passes_are_held_to_the_floor_from_the_one_that_is_named(
     floor = {"from_pass": from_pass}
     steps = passes([CMI], refreshes=refreshes, truth=50, floor=floor)
     assert [item["floor"] for item in steps.trained] == floors
-    # The first pass with a floor begins with a head that nobody has held to one.
+    # The first pass with a floor begins with a head that was not held to one.
     risky = [i for i, item in enumerate(steps.trained) if item["floor"] and not item["keeps_floor"]]
     assert risky == exposed
 
@@ -158,7 +158,7 @@ def test_each_pass_trains_on_what_the_last_teacher_writes() -> None:
         [f"features-{name}", "features-truth"] for name in own
     ]
     # Ground truth comes first; all of it counts, and of own texts only those that are right.
-    assert steps.asked == [
+    assert steps.feature_stages == [
         ("truth", 50, config.proxies, False, "last"),
         (own[0], 80, config.proxies, True, "last"),
         (own[1], 40, config.proxies, True, "last"),
@@ -171,18 +171,18 @@ def test_each_pass_trains_on_what_the_last_teacher_writes() -> None:
     ]
 
 
-def test_apart_leaves_the_thiefs_problems_alone() -> None:
+def test_apart_leaves_the_attackers_problems_alone() -> None:
     steps = passes([CMI], lesson=True, refreshes=1, truth=50, apart=True)
-    # The largest of the thief's budgets is 200 problems.
+    # The largest of the attacker's budgets is 200 problems.
     assert steps.truths == [(50, 200)]
     assert steps.lessons == [200]
     drawn = [r for r in steps.requests if r.split == "train" and r.model != "/cache/head-1/teacher"]
     assert [(r.count, r.skip, r.seed) for r in drawn] == [(80, 200, 0), (80, 200, 1)]
     assert all(item["proxies"] == ("taught",) for item in steps.trained)
-    assert all(proxies == ("taught",) for _, _, proxies, _, _ in steps.asked)
+    assert all(proxies == ("taught",) for _, _, proxies, _, _ in steps.feature_stages)
 
 
-def test_a_lesson_is_never_about_the_thiefs_problems() -> None:
+def test_a_lesson_is_never_about_the_attackers_problems() -> None:
     assert passes([CMI], lesson=True, truth=50).lessons == [200]
 
 
@@ -190,7 +190,7 @@ def test_of_a_composition_the_second_defense_begins_where_the_first_ended() -> N
     steps = passes([{"name": "doge"}, CMI], refreshes=0, truth=50)
     assert [item["defense"] for item in steps.trained] == ["doge", "cmi"]
     assert steps.trained[1]["teacher"] == "/cache/head-0/teacher"
-    assert [layer for *_, layer in steps.asked] == [None, None, "last", "last"]
+    assert [layer for *_, layer in steps.feature_stages] == [None, None, "last", "last"]
     # What the second is trained on is what the first one's teacher writes.
     assert steps.trained[1]["features"][0] == "features-traces-/cache/head-0/teacher-0"
 
@@ -265,11 +265,11 @@ def train_pass(
         max_new_tokens=60,
         keeps_floor=keeps_floor,
     )  # fmt: skip
-    seen: list[tuple[int, int]] = []
+    progress: list[tuple[int, int]] = []
     head_actor.run(
-        job.dump(), folder, folder / "state", rank=0, progress=lambda *at: seen.append(at)
+        job.dump(), folder, folder / "state", rank=0, progress=lambda *step: progress.append(step)
     )
-    assert seen == [(0, 2), (1, 2), (2, 2)]
+    assert progress == [(0, 2), (1, 2), (2, 2)]
     return json.loads((folder / "head.json").read_text())
 
 
@@ -290,10 +290,10 @@ def test_if_no_round_holds_it_exports_what_is_known_to_hold(
     assert about["undefended"] is not keeps_floor
     start = exported(spoiled) if keeps_floor else exported(Path(models.resolve("pocket/teacher")))
     torch.testing.assert_close(exported(tmp_path / "teacher"), start)
-    kept = "the one it had" if keeps_floor else "that of the undefended teacher"
+    exported_head = "the one it had" if keeps_floor else "that of the undefended teacher"
     assert _notes("cmi", [about]) == [
         f"cmi: none of 1 rounds kept the utility floor, so the head that this pass exported is "
-        f"{kept}."
+        f"{exported_head}."
     ]
 
 
@@ -326,7 +326,7 @@ def test_answers_that_others_began_are_measured_where_the_floor_asks(
     assert ruined["rounds"][0]["utility"]["begun"] < about["clean"]["begun"]
 
 
-# What is said of it
+# What the report says
 
 
 @pytest.mark.parametrize(
@@ -346,9 +346,9 @@ def test_the_strength_in_force_is_that_of_the_head_that_was_exported_last(
     heads: list[tuple[float, bool]], strength: float, tmp_path: Path
 ) -> None:
     stages = []
-    for number, (found, undefended) in enumerate(heads):
+    for number, (pass_strength, undefended) in enumerate(heads):
         made = Stage("head", str(number), tmp_path / str(number), {})
-        write_json(made.path / "head.json", {"strength": found, "undefended": undefended})
+        write_json(made.path / "head.json", {"strength": pass_strength, "undefended": undefended})
         stages.append(made)
     choice = DefenseChoice(parts=(CMI,))
     assert Taught(choice, stage("t"), stage("g"), stage("s"), tuple(stages)).strength == strength

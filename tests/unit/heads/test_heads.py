@@ -37,8 +37,8 @@ def test_chunked_cross_entropy_equals_dense(tokens: int, with_bias: bool) -> Non
     )
     assert count == TOKENS
     torch.testing.assert_close(total, dense, rtol=1e-6, atol=1e-5)
-    for found, wanted in zip(torch.autograd.grad(total, leaves), expected, strict=True):
-        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    for actual, gradient in zip(torch.autograd.grad(total, leaves), expected, strict=True):
+        torch.testing.assert_close(actual, gradient, rtol=1e-5, atol=1e-5)
 
 
 def test_a_head_of_zeros_costs_log_vocab_a_token() -> None:
@@ -109,9 +109,9 @@ def test_padding_and_prompt_targets_change_nothing(model) -> None:
     padding = torch.arange(batch.input_ids.shape[1]) >= lengths[:, None]
     assert padding.any()
     dirty = torch.where(padding, (batch.input_ids + 7) % VOCAB, batch.input_ids)
-    found = chunked.sequence_loss(model, replace(batch, targets=elsewhere, input_ids=dirty))
-    assert found.count == count
-    assert torch.equal(found.total, total)
+    loss = chunked.sequence_loss(model, replace(batch, targets=elsewhere, input_ids=dirty))
+    assert loss.count == count
+    assert torch.equal(loss.total, total)
     # The test can tell: a masked target does change the loss.
     wrong = torch.where(batch.mask, (batch.targets + 3) % VOCAB, batch.targets)
     assert not torch.equal(chunked.sequence_loss(model, replace(batch, targets=wrong)).total, total)

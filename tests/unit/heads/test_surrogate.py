@@ -28,16 +28,18 @@ LAYERS = ["last", "penultimate", NAMED, "model.norm.weight", "lm_head.weight"]
 
 def examples(vocab: int) -> list[Example]:
     generator = torch.Generator().manual_seed(4)
-    found = []
+    examples = []
     for number, (prompt, completion) in enumerate(LENGTHS):
         ids = torch.randint(vocab, (prompt + completion,), generator=generator).tolist()
         flags = (False,) * completion
-        found.append(Example(str(number), tuple(ids[:prompt]), tuple(ids[prompt:]), flags, flags))
-    return found
+        examples.append(
+            Example(str(number), tuple(ids[:prompt]), tuple(ids[prompt:]), flags, flags)
+        )
+    return examples
 
 
 def gemma() -> Loaded:
-    """Blocks of two kinds, scaled embeddings, norms in other places."""
+    """Blocks of two kinds, scaled embeddings, norms elsewhere."""
     torch.manual_seed(0)
     config = Gemma2Config(
         vocab_size=50,
@@ -95,8 +97,10 @@ def test_the_tail_gives_the_last_hidden_states(name: str, layer: str) -> None:
     torch.testing.assert_close(case.hidden({}), expected)
     torch.testing.assert_close(case.hidden(case.surrogate.watched()).detach(), expected)
     blocks = len(blocks_of(case.whole))
-    kept = {"last": 1, "penultimate": 2, NAMED: blocks - 1, "lm_head.weight": 0}.get(layer, 1)
-    assert len(case.surrogate.trunk.layers) == kept  # type: ignore[arg-type]
+    expected_blocks = {"last": 1, "penultimate": 2, NAMED: blocks - 1, "lm_head.weight": 0}.get(
+        layer, 1
+    )
+    assert len(case.surrogate.trunk.layers) == expected_blocks  # type: ignore[arg-type]
     assert not any(parameter.requires_grad for parameter in case.surrogate.parameters())
 
 
@@ -116,14 +120,14 @@ def test_gradients_are_those_of_the_whole_model(name: str, layer: str) -> None:
     else:
         assert list(names.values()) == [layer]
     direction = torch.randn_like(case.hidden(watched))
-    found = torch.autograd.grad((case.hidden(watched) * direction).sum(), list(watched.values()))
+    actual = torch.autograd.grad((case.hidden(watched) * direction).sum(), list(watched.values()))
     expected = torch.autograd.grad(
         (hidden_states(case.whole, case.batch) * direction).sum(),
         [whole[names[short]] for short in watched],
     )
-    for one, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(one, other)
-        assert other.abs().sum() > 0
+    for ours, theirs in zip(actual, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+        assert theirs.abs().sum() > 0
 
 
 def moved_by(case: Case, along: dict[str, Tensor], step: float) -> Tensor:
@@ -143,16 +147,16 @@ def test_a_direction_is_what_finite_differences_say(name: str, layer: str) -> No
     case = Case(name, layer)
     tensors = case.surrogate.watched()
     along = random_direction(tensors)
-    found = case.surrogate.direction(tensors, along, case.inputs, case.rows, case.counts)
+    actual = case.surrogate.direction(tensors, along, case.inputs, case.rows, case.counts)
     # Norms and attention compute in float32 whatever they are given, so the step is not small.
     step = 1e-3
     expected = (moved_by(case, along, step) - moved_by(case, along, -step)) / (2 * step)
     assert expected.norm() > 0.5
-    assert (found - expected).norm() < 1e-3 * expected.norm()
+    assert (actual - expected).norm() < 1e-3 * expected.norm()
     # A Jacobian-vector product is linear.
     twice = {name: 2 * value for name, value in along.items()}
     doubled = case.surrogate.direction(tensors, twice, case.inputs, case.rows, case.counts)
-    torch.testing.assert_close(doubled, 2 * found, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(doubled, 2 * actual, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("layer", ["last", "penultimate"])
@@ -165,8 +169,8 @@ def test_directions_and_gradients_are_transposes(layer: str) -> None:
     forwards = case.surrogate.direction(tensors, along, case.inputs, case.rows, case.counts)
     backwards = torch.autograd.grad(out, list(tensors.values()), pull)
     pairs = zip(backwards, along.values(), strict=True)
-    found, expected = (forwards * pull).sum(), sum((g * v).sum() for g, v in pairs)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    actual, expected = (forwards * pull).sum(), sum((g * v).sum() for g, v in pairs)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("layer", ["last", "lm_head.weight"])
@@ -177,7 +181,7 @@ def test_logits_move_with_the_watched_tensors(layer: str) -> None:
     along = random_direction(tensors)
     moved = surrogate.moved(tensors, along, case.inputs, case.rows, case.counts)
     count = sum(case.counts)
-    found = torch.cat([moved(slice(0, 7)), moved(slice(7, count))])
+    actual = torch.cat([moved(slice(0, 7)), moved(slice(7, count))])
     step = 1e-2
     if layer == "last":
         ends = [surrogate.logits(moved_by(case, along, sign * step)) for sign in (1, -1)]
@@ -185,8 +189,8 @@ def test_logits_move_with_the_watched_tensors(layer: str) -> None:
         states = case.hidden(tensors)
         ends = [states @ (surrogate.weight + s * step * along[layer]).T for s in (1, -1)]
     expected = (ends[0] - ends[1]) / (2 * step)
-    assert found.shape == (count, 40)
-    torch.testing.assert_close(found, expected.detach(), rtol=2e-2, atol=2e-2)
+    assert actual.shape == (count, 40)
+    torch.testing.assert_close(actual, expected.detach(), rtol=2e-2, atol=2e-2)
     assert expected.abs().max() > 0.5
 
 
@@ -194,8 +198,8 @@ def test_logits_are_the_models_own_without_the_rows_that_pad_its_head() -> None:
     case = Case("proxy", "last", torch.float32)
     with torch.no_grad():
         whole = case.whole(input_ids=case.batch.input_ids).logits[case.batch.mask]
-        found = case.surrogate.logits(case.hidden({}))
-    torch.testing.assert_close(found, whole[:, :40], rtol=1e-4, atol=1e-4)
+        actual = case.surrogate.logits(case.hidden({}))
+    torch.testing.assert_close(actual, whole[:, :40], rtol=1e-4, atol=1e-4)
 
 
 def test_the_last_states_are_stored_for_the_head() -> None:
@@ -251,8 +255,8 @@ def test_another_vocabulary_is_refused() -> None:
     message = r"surrogate pocket/other has another vocabulary \(\d+ tokens\) than the teacher \(129"
     with pytest.raises(ValueError, match=message):
         surrogate_from(load("pocket/other", device="cpu"), teacher, "last", "pocket/other")
-    found = surrogate_from(load("pocket/proxy-b", device="cpu"), teacher, "last", "pocket/proxy-b")
-    assert len(found.weight) == 129
+    actual = surrogate_from(load("pocket/proxy-b", device="cpu"), teacher, "last", "pocket/proxy-b")
+    assert len(actual.weight) == 129
 
 
 def test_a_trunk_without_a_list_of_blocks_is_refused() -> None:
