@@ -3,7 +3,6 @@
 What is served is a run's point or a checkpoint; one whose export was not checked is refused.
 """
 
-import ipaddress
 from pathlib import Path
 from typing import Any, Self
 
@@ -20,6 +19,7 @@ from azeotrope.defenses import base as defenses
 from azeotrope.tasks import PocketConfig
 from experiment.points import Point, find_point
 from gateway.accounts.stores import StoreLocation, default_store, open_keys
+from gateway.loopback import is_loopback
 from gateway.policy import Policy
 
 APP = "azeotrope"
@@ -114,13 +114,6 @@ class ServeConfig(Config):
     def called(self) -> str:
         """The model's name, for clients."""
         return self.name or Path(self.source).name or "azeotrope"
-
-
-def is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def build(args: ServeConfig) -> serve.Application:

@@ -9,7 +9,7 @@ from azeotrope.defenses.base import Defense
 from azeotrope.engine.protocol import Engine
 from azeotrope.tokens import Boundary
 from gateway.accounts.key_records import KeyRecord
-from gateway.http.responses import Format
+from gateway.http.responses import AnswerFormat
 from gateway.plan import Plan
 from gateway.policy import Tier
 
@@ -40,7 +40,7 @@ class Admitted:
     plan: Plan
     engine: Engine
     undefended: bool
-    format: Format
+    format: AnswerFormat
     stream: bool
     wants_usage: bool
     stops: tuple[str, ...]

@@ -1,4 +1,4 @@
-"""From a request and a tier to what the engine is asked: every rule of a tier is applied here."""
+"""From a request to engine requests: every rule of a tier is applied here."""
 
 import hmac
 import secrets
@@ -9,150 +9,179 @@ from transformers import PreTrainedTokenizerBase
 
 from azeotrope.engine.protocol import EngineRequest
 from azeotrope.tokens import encode_prompt
-from gateway.http.requests import BAN, MOST_BANS, ChatRequest, CompletionRequest, Sampled, invalid
+from gateway.http.requests import (
+    BAN,
+    MOST_BANS,
+    ApiRequest,
+    ChatRequest,
+    CompletionRequest,
+    invalid,
+)
 from gateway.policy import Tier
 
 LEAST_TEMPERATURE = 1e-3
 MOST_COMPLETIONS = 64
-"""Of one request, all its prompts together."""
+"""The most completions of one request, for all its prompts together."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The completions of one request, and what they may cost."""
+    """The completions of one request, and the most that they can cost."""
 
     identity: str
     requests: tuple[EngineRequest, ...]
     prompt_tokens: int
-    """Of all prompts, each counted once however many completions it has."""
+    """Tokens of all prompts. Each prompt counts once, whatever its number of completions."""
     completion_tokens: int
-    """The most that all completions together can have."""
+    """The largest number of tokens of all completions together."""
+
+
+@dataclass(frozen=True)
+class ModelLimits:
+    """What the model can read and write."""
+
+    tokenizer: PreTrainedTokenizerBase
+    context: int
+    """The most tokens of prompt and completion together."""
+    vocabulary: int
+    """The number of token ids."""
 
 
 def plan(
-    request: Sampled,
+    request: ApiRequest,
     tier: Tier,
-    tokenizer: PreTrainedTokenizerBase,
+    model: ModelLimits,
     *,
     identity: str,
-    context: int,
-    vocabulary: int,
     seed_key: bytes,
     watermark_key: str | None = None,
 ) -> Plan:
     """Check a request against its tier and turn it into engine requests.
 
     Args:
-        identity: of the request; seeds of completions without a given one do not depend on it.
-        context: tokens that prompt and completion may have together.
-        vocabulary: how many token ids there are.
-        seed_key: mixed into the seeds that clients give; a secret, and another for each customer.
-        watermark_key: of the key that asks.
+        identity: of the request.
+        seed_key: a secret of the account, mixed into the seeds that clients give.
+        watermark_key: of the API key, for decoding defenses that mark each customer's text.
 
     Raises:
-        ApiError: 400, with what was asked and what the tier allows.
+        ApiError: 400, with the requested value and what the tier allows.
     """
-    shown = _logprobs(request, tier)
-    banned = _banned(request, tier, vocabulary)
-    temperature, top_p = _temperature(request, tier), _within("top_p", request.top_p, tier.top_p)
-    n = request.n or 1
-    if n > tier.n:
-        raise invalid("n", f"n is at most {tier.n} for this key, got {n}")
-    asked = request.most_tokens
-    if asked is not None and asked > tier.max_tokens:
-        raise invalid(
-            "max_tokens", f"max_tokens is at most {tier.max_tokens} for this key, got {asked}"
-        )
-    prompts = _prompts(request, tokenizer)
+    logprobs = _logprobs(request, tier)
+    banned = _banned(request, tier, model.vocabulary)
+    temperature = _temperature(request, tier)
+    top_p = _within("top_p", request.top_p, tier.top_p)
+    n, longest = _completions(request, tier), _longest(request, tier)
+    prompts = _prompts(request, model.tokenizer)
     if n * len(prompts) > MOST_COMPLETIONS:
         raise invalid(
             "n", f"{len(prompts)} prompts of {n} completions are more than {MOST_COMPLETIONS}"
         )
-    found: list[EngineRequest] = []
-    for row, ids in enumerate(prompts):
-        room = _room(ids, context)
-        for number in range(n):
-            place = row * n + number
-            found.append(
-                EngineRequest(
-                    id=f"{identity}-{place}",
-                    prompt=ids,
-                    max_tokens=min(asked or tier.max_tokens, tier.max_tokens, room),
-                    temperature=temperature,
-                    top_p=top_p,
-                    seed=_seed(request.seed, place, seed_key),
-                    logprobs=shown,
-                    banned=banned,
-                    strength=tier.strength,
-                    watermark_key=watermark_key,
-                )
-            )
+    requests = [
+        EngineRequest(
+            id=f"{identity}-{row * n + number}",
+            prompt=ids,
+            max_tokens=min(longest, room),
+            temperature=temperature,
+            top_p=top_p,
+            seed=_seed(request.seed, row * n + number, seed_key),
+            logprobs=logprobs,
+            banned=banned,
+            strength=tier.strength,
+            watermark_key=watermark_key,
+        )
+        for row, (ids, room) in enumerate((ids, _room(ids, model.context)) for ids in prompts)
+        for number in range(n)
+    ]
     return Plan(
-        identity, tuple(found), sum(map(len, prompts)), sum(item.max_tokens for item in found)
+        identity,
+        tuple(requests),
+        sum(map(len, prompts)),
+        sum(completion.max_tokens for completion in requests),
     )
 
 
-def _logprobs(request: Sampled, tier: Tier) -> int | None:
-    asked = request.asked_logprobs
-    if asked is None:
+def _completions(request: ApiRequest, tier: Tier) -> int:
+    n = request.n or 1
+    if n > tier.n:
+        raise invalid("n", f"n is at most {tier.n} for this key, got {n}")
+    return n
+
+
+def _longest(request: ApiRequest, tier: Tier) -> int:
+    """The most tokens of one completion."""
+    requested = request.most_tokens
+    if requested is not None and requested > tier.max_tokens:
+        raise invalid(
+            "max_tokens", f"max_tokens is at most {tier.max_tokens} for this key, got {requested}"
+        )
+    return requested or tier.max_tokens
+
+
+def _logprobs(request: ApiRequest, tier: Tier) -> int | None:
+    requested = request.asked_logprobs
+    if requested is None:
         return None
     allowed = {"none": -1, "top1": 1, "topk": tier.top_k}[tier.logprobs]
     if allowed < 0:
         raise invalid("logprobs", "this key gets no log-probabilities", "logprobs_not_allowed")
-    if asked > allowed:
+    if requested > allowed:
         raise invalid(
             "logprobs",
-            f"this key gets log-probabilities of at most {allowed} tokens, got {asked}",
+            f"this key gets log-probabilities of at most {allowed} tokens, got {requested}",
             "logprobs_not_allowed",
         )
-    return asked
+    return requested
 
 
-def _banned(request: Sampled, tier: Tier, vocabulary: int) -> tuple[int, ...]:
+def _banned(request: ApiRequest, tier: Tier, vocabulary: int) -> tuple[int, ...]:
     bias = request.logit_bias
     if not bias:
         return ()
     if not tier.bans:
         raise invalid("logit_bias", "this key may not use logit_bias", "logit_bias_not_allowed")
+    # A bias that moves a token without banning it measures the distance between two logits by
+    # bisection, without any log-probabilities.
     if any(value != BAN for value in bias.values()):
         raise invalid("logit_bias", f"logit_bias may forbid tokens with {BAN:g} and nothing else")
     if len(bias) > MOST_BANS:
         raise invalid("logit_bias", f"at most {MOST_BANS} tokens can be forbidden, got {len(bias)}")
     for name in bias:
-        # The length comes first: Python refuses to read numbers of thousands of digits.
+        # The length is checked first, because `int` raises for thousands of digits.
         fits = name.isascii() and name.isdigit() and len(name) <= 12 and int(name) < vocabulary
         if not fits:
             raise invalid("logit_bias", f"{name[:40]!r} is no token id below {vocabulary}")
     return tuple(sorted({int(name) for name in bias}))
 
 
-def _temperature(request: Sampled, tier: Tier) -> float:
-    given = _within("temperature", request.temperature, tier.temperature)
-    # Dividing by less would overflow, and the likeliest token has all the mass long before.
-    return given if given >= LEAST_TEMPERATURE else 0.0
+def _temperature(request: ApiRequest, tier: Tier) -> float:
+    temperature = _within("temperature", request.temperature, tier.temperature)
+    # Dividing logits by less may overflow float32. The likeliest token has all the mass well above
+    # this value, so the result is greedy decoding either way.
+    return temperature if temperature >= LEAST_TEMPERATURE else 0.0
 
 
-def _within(name: str, given: float | None, bounds: tuple[float, float]) -> float:
-    """What was asked for, if the tier allows it; else as near to 1 as the tier allows."""
+def _within(name: str, value: float | None, bounds: tuple[float, float]) -> float:
+    """The requested value if the tier allows it; without one, the allowed value nearest to 1."""
     least, greatest = bounds
-    if given is None:
+    if value is None:
         return min(max(1.0, least), greatest)
-    if not least <= given <= greatest:
+    if not least <= value <= greatest:
         raise invalid(
             name,
-            f"{name} must be between {least:g} and {greatest:g} for this key, got {given:g}",
+            f"{name} must be between {least:g} and {greatest:g} for this key, got {value:g}",
         )
-    return given
+    return value
 
 
-def _prompts(request: Sampled, tokenizer: PreTrainedTokenizerBase) -> list[tuple[int, ...]]:
+def _prompts(request: ApiRequest, tokenizer: PreTrainedTokenizerBase) -> list[tuple[int, ...]]:
     if isinstance(request, ChatRequest):
         messages = [message.plain() for message in request.messages]
         try:
             return [encode_prompt(tokenizer, messages)]
         except Exception as error:
-            # Templates raise what they like when the roles do not alternate as they want.
-            raise invalid("messages", f"the chat template refuses this: {error}"[:500]) from None
+            # Templates are Jinja programs: they raise errors of any kind, for example if the roles
+            # do not alternate.
+            raise invalid("messages", f"the chat template rejects this: {error}"[:500]) from None
     assert isinstance(request, CompletionRequest)
     return [tuple(tokenizer(text)["input_ids"]) for text in request.texts]  # type: ignore[arg-type]
 
@@ -170,13 +199,14 @@ def _room(ids: Sequence[int], context: int) -> int:
     return room
 
 
-def _seed(given: int | None, place: int, key: bytes) -> int:
-    """A seed for each completion: the same for the same request, different within it.
+def _seed(seed: int | None, number: int, key: bytes) -> int:
+    """A seed for each completion: the same for the same request, different within one request.
 
-    Draws from a seed are public arithmetic. Who could choose it would know each draw beforehand,
-    and read the distribution off the tokens by halving, as finely as he likes.
+    The draws of a seed are public arithmetic. A client that could choose the seed itself would know
+    each draw in advance. It could then measure the distribution by bisection over seeds, as exactly
+    as it likes, from the tokens alone. So the seed is a keyed hash of the client's number.
     """
-    if given is None:
+    if seed is None:
         return secrets.randbits(63)
-    mixed = hmac.digest(key, f"{given}:{place}".encode(), "sha256")
+    mixed = hmac.digest(key, f"{seed}:{number}".encode(), "sha256")
     return int.from_bytes(mixed[:8], "big") >> 1

@@ -4,7 +4,6 @@ Run `azeotrope doctor`. It imports nothing heavy and changes nothing. The exit c
 something cannot work; a warning marks something that works less well.
 """
 
-import ipaddress
 import json
 import os
 import shutil
@@ -19,6 +18,7 @@ from typing import Literal
 from packaging.requirements import Requirement
 
 from azeotrope.environment import Environment, variable
+from gateway.loopback import is_loopback
 
 MAIN_PACKAGES = ("torch", "transformers", "ray", "pyarrow")
 """They have a line each in the table; other requirements only if something is wrong with them."""
@@ -325,7 +325,7 @@ def _port(
     addresses = sorted({address for address, open_port in listening if open_port == port})
     if not addresses:
         return Diagnosis(name, "ok", f"free ({role})")
-    outside = [address for address in addresses if not _is_loopback(address)]
+    outside = [address for address in addresses if not is_loopback(address)]
     if not outside:
         return Diagnosis(name, "ok", f"in use on {', '.join(addresses)} only ({role})")
     text = f"in use on {', '.join(outside)}, open to the network ({role})"
@@ -333,15 +333,6 @@ def _port(
         return Diagnosis(name, "ok", f"{text}; RAY_AUTH_MODE=token")
     remedy = "start Ray with RAY_AUTH_MODE=token, or bind it to 127.0.0.1"
     return Diagnosis(name, "fail" if port == 8265 else "warn", f"{text} without a token", remedy)
-
-
-def _is_loopback(address: str) -> bool:
-    try:
-        parsed = ipaddress.ip_address(address.partition("%")[0])
-    except ValueError:
-        return False
-    mapped = getattr(parsed, "ipv4_mapped", None)
-    return (mapped or parsed).is_loopback
 
 
 def _machine() -> list[Diagnosis]:

@@ -47,12 +47,12 @@ from experiment.deployment import (
     application,
     build,
     deploy_file,
-    is_loopback,
     metrics_folder,
 )
 from experiment.points import Point, find_point
 from gateway.accounts.key_records import KeyRecord
 from gateway.accounts.stores import open_keys
+from gateway.loopback import is_loopback
 from gateway.policy import Policy
 
 READY_TIMEOUT_S = 300.0
@@ -162,10 +162,11 @@ def _run(app: serve.Application) -> None:
 def _wait_until_ready(config: ServeConfig) -> None:
     host = config.host if config.host not in {"0.0.0.0", "::"} else "127.0.0.1"
     address = f"[{host}]" if ":" in host else host
+    url = f"http://{address}:{config.port}/readyz"
     until = time.monotonic() + READY_TIMEOUT_S
     while time.monotonic() < until:
         try:
-            if httpx.get(f"http://{address}:{config.port}/readyz", timeout=5).is_success:
+            if httpx.get(url, timeout=5, trust_env=False).is_success:
                 return
         except httpx.TransportError:
             pass

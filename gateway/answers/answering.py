@@ -1,4 +1,4 @@
-"""From an engine's chunks to what is shown, for one completion and for several side by side."""
+"""From an engine's chunks to visible pieces, for one completion and for several side by side."""
 
 import asyncio
 import contextlib
@@ -8,48 +8,111 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from azeotrope.defenses.base import Defense, FinishedText, RewriteContext
 from azeotrope.engine.protocol import Chunk, Engine, EngineBusyError, EngineError, EngineRequest
 from azeotrope.tokens import Boundary
-from gateway.answers.writing import Mode, ReasoningFilter, StopStrings, Writer
-from gateway.http.responses import Said
+from gateway.admitted import Admitted, Model
+from gateway.answers.pieces import AnswerPiece
+from gateway.answers.reading import ReadingRules, opening_of_ids, without_pattern
+from gateway.answers.reasoning import Mode, ReasoningFilter
+from gateway.answers.stops import StopStrings
+from gateway.answers.writing import AnswerWriter
 
 logger = logging.getLogger(__name__)
 ATTEMPTS = 2
-"""An engine that dies before a completion's first token is asked again, once."""
+"""If an engine dies before a completion's first token, the completion is requested once more."""
+
+
+def completions(
+    admitted: Admitted, model: Model, on_tokens: Callable[[int], None]
+) -> list[AsyncGenerator[AnswerPiece]]:
+    """One stream of pieces for each completion of a request.
+
+    Args:
+        on_tokens: called with the number of tokens the engine has just written, hidden or not.
+    """
+    requests = admitted.plan.requests
+    # A prompt may be long and may have several completions, so each is looked at once. The bans
+    # are those of the whole request.
+    prompts = {request.prompt for request in requests}
+    openings = {prompt: _opening(admitted, model, prompt) for prompt in prompts}
+    boundary = without_pattern(model.tokenizer, requests[0].banned, model.boundary)
+    return [
+        _completion(
+            admitted, model, request, ReadingRules(boundary, openings[request.prompt]), on_tokens
+        )
+        for request in requests
+    ]
+
+
+def _opening(admitted: Admitted, model: Model, prompt: tuple[int, ...]) -> str:
+    # Text defenses need to know where the reasoning begins even if the tier shows it.
+    if admitted.tier.reasoning == "shown" and not model.rewriting:
+        return ""
+    return opening_of_ids(model.tokenizer, prompt, model.boundary)
+
+
+def _completion(
+    admitted: Admitted,
+    model: Model,
+    request: EngineRequest,
+    rules: ReadingRules,
+    on_tokens: Callable[[int], None],
+) -> AsyncGenerator[AnswerPiece]:
+    mode, stops = admitted.tier.reasoning, admitted.stops
+    is_rewritten = bool(model.rewriting) and not admitted.undefended
+    # A text defense gets the whole completion, so its reasoning and its stop strings are dealt with
+    # after it.
+    writer = AnswerWriter(
+        model.tokenizer,
+        rules,
+        stops=() if is_rewritten else stops,
+        mode="shown" if is_rewritten else mode,
+    )
+    pieces = complete(
+        admitted.engine, request, writer, deadline=admitted.deadline, on_tokens=on_tokens
+    )
+    if not is_rewritten:
+        return pieces
+    return rewritten(pieces, model.rewriting, model.boundary, rules, mode=mode, stops=stops)
 
 
 async def complete(
     engine: Engine,
     request: EngineRequest,
-    writer: Writer,
+    writer: AnswerWriter,
     *,
     deadline: float,
     on_tokens: Callable[[int], None],
-) -> AsyncGenerator[Said]:
-    """What one completion says, piece by piece.
+) -> AsyncGenerator[AnswerPiece]:
+    """The pieces of one completion.
 
     Args:
-        deadline: on the event loop's clock.
-        on_tokens: told of tokens as they are written, shown or not.
+        deadline: on the event loop's clock, in seconds.
+        on_tokens: called with the number of tokens the engine has just written, hidden or not.
 
     Raises:
-        EngineError: if the engine fails, after one more attempt where nothing was written yet.
+        EngineError: if the engine fails, after a second attempt if no token was written yet.
         TimeoutError: if the deadline passes.
     """
+    written = 0
     for attempt in range(ATTEMPTS):
         chunks = engine.generate(request)
         try:
             while True:
-                before = writer.tokens
                 piece = writer.feed(await _next(chunks, deadline))
-                on_tokens(writer.tokens - before)
-                yield Said(piece.text, piece.tokens, piece.finish, piece.offsets)
+                written += piece.engine_tokens
+                # Counted before the piece is handed on: a client that disconnects while it waits
+                # for this piece is billed for it.
+                on_tokens(piece.engine_tokens)
+                yield piece
                 if piece.finish is not None:
                     return
         except EngineError as error:
-            if isinstance(error, EngineBusyError) or writer.tokens or attempt + 1 == ATTEMPTS:
+            # A second attempt would repeat tokens that the writer already has, and a busy engine
+            # must be relieved.
+            if isinstance(error, EngineBusyError) or written or attempt + 1 == ATTEMPTS:
                 raise
-            logger.info("completion %s is asked for again: %s", request.id, error)
+            logger.info("completion %s is requested again: %s", request.id, error)
         finally:
-            # An engine goes on writing for nobody unless it is told to stop.
+            # Without this the engine would go on writing a completion that is no longer read.
             await chunks.aclose()
 
 
@@ -57,92 +120,96 @@ async def _next(chunks: AsyncGenerator[Chunk], deadline: float) -> Chunk:
     async with asyncio.timeout_at(deadline):
         chunk = await anext(chunks, None)
     if chunk is None:
-        raise EngineError("the engine ended without saying why")
+        raise EngineError("the engine ended the completion without a reason")
     return chunk
 
 
 async def rewritten(
-    pieces: AsyncGenerator[Said],
+    pieces: AsyncGenerator[AnswerPiece],
     rewriting: Sequence[Defense],
     boundary: Boundary,
+    rules: ReadingRules,
+    *,
     mode: Mode,
     stops: Sequence[str],
-    *,
-    opening: str = "",
-    judged: Boundary | None = None,
-) -> AsyncGenerator[Said]:
-    """The same completion once its text was rewritten, which needs the whole of it first.
+) -> AsyncGenerator[AnswerPiece]:
+    """The same completion as one piece whose text was rewritten by text defenses.
 
-    Log-probabilities belong to a text that is not shown any more, so there are none.
+    It has no log-probabilities: those of the engine belong to a text that is no longer visible.
 
     Args:
-        opening: see `ReasoningFilter`; defenses find it in front of the text.
-        judged: the boundary by which a text has an answer, if not the one that defenses get.
+        boundary: of the model, which the defenses get.
+        rules: by which the completion before rewriting is read.
     """
-    text, finish = "", None
+    text, finish, count = "", None, 0
     async with contextlib.aclosing(pieces):
         async for piece in pieces:
             text += piece.text
             finish = piece.finish
-    answer = _rewrite(text, mode, boundary, judged or boundary, opening, rewriting)
+            count += piece.engine_tokens
     stop = StopStrings(stops)
-    shown, stopped = stop.feed(answer)
-    yield Said(shown if stopped else shown + stop.flush(), (), "stop" if stopped else finish)
+    answer, stopped = stop.feed(_rewrite(text, rewriting, boundary, rules, mode))
+    if not stopped:
+        answer += stop.flush()
+    yield AnswerPiece(answer, finish="stop" if stopped else finish, engine_tokens=count)
 
 
 def _rewrite(
-    text: str,
-    mode: Mode,
-    boundary: Boundary,
-    judged: Boundary,
-    opening: str,
-    rewriting: Sequence[Defense],
+    text: str, rewriting: Sequence[Defense], boundary: Boundary, rules: ReadingRules, mode: Mode
 ) -> str:
-    """A text rewritten, and its reasoning taken out where the tier hides it."""
-    before = ReasoningFilter(mode, judged, opening=opening)
-    line, answer = before.advance(text, final=True)
+    """The text rewritten, without its reasoning where the tier hides it."""
+    line, answer = ReasoningFilter(mode, rules).advance(text, final=True)
     if not answer:
-        # A defense may lose the tag that says so; what had no answer before has none after.
+        # A defense may drop the tag that marks reasoning. A completion that had no answer before
+        # rewriting must not get one from it.
         return line
-    text = opening + text
+    text = rules.opening + text
     context = RewriteContext(boundary)
     for defense in rewriting:
         [result] = defense.rewrite([FinishedText(text)], context)
         text = result.text
-    kept = text.startswith(opening)
-    reasoning = ReasoningFilter(mode, boundary, opening=opening if kept else "")
+    # A defense may also have dropped the opening, which is the prompt's and not part of the answer.
+    opening = rules.opening if text.startswith(rules.opening) else ""
+    reasoning = ReasoningFilter(mode, ReadingRules(boundary, opening))
     return "".join(reasoning.advance(text.removeprefix(opening), final=True))
 
 
-async def merge(parts: Sequence[AsyncGenerator[Said]]) -> AsyncGenerator[tuple[int, Said]]:
-    """Pieces of several completions as they come, with their numbers; a failure ends them all."""
-    if len(parts) == 1:
-        async with contextlib.aclosing(parts[0]) as only:
-            async for said in only:
-                yield 0, said
-        return
-    queue: asyncio.Queue[tuple[int, Said] | Exception | None] = asyncio.Queue()
+async def merge(
+    streams: Sequence[AsyncGenerator[AnswerPiece]],
+) -> AsyncGenerator[tuple[int, AnswerPiece]]:
+    """Pieces of several completions as they come, each with the number of its completion.
 
-    async def pump(number: int, part: AsyncGenerator[Said]) -> None:
+    A completion that fails ends all of them, and its error is raised.
+    """
+    if len(streams) == 1:
+        async with contextlib.aclosing(streams[0]) as only:
+            async for piece in only:
+                yield 0, piece
+        return
+    queue: asyncio.Queue[tuple[int, AnswerPiece] | Exception | None] = asyncio.Queue()
+
+    async def pump(number: int, stream: AsyncGenerator[AnswerPiece]) -> None:
         try:
-            async for said in part:
-                queue.put_nowait((number, said))
+            async for piece in stream:
+                queue.put_nowait((number, piece))
             queue.put_nowait(None)
         except Exception as error:
             queue.put_nowait(error)
 
-    tasks = [asyncio.create_task(pump(number, part)) for number, part in enumerate(parts)]
+    tasks = [asyncio.create_task(pump(number, stream)) for number, stream in enumerate(streams)]
     try:
-        left = len(parts)
-        while left:
-            item = await queue.get()
-            if item is None:
-                left -= 1
-            elif isinstance(item, Exception):
-                raise item
+        running = len(streams)
+        while running:
+            message = await queue.get()
+            if message is None:
+                running -= 1
+            elif isinstance(message, Exception):
+                raise message
             else:
-                yield item
+                yield message
     finally:
+        # Cancelling a pump closes its stream and so stops the row in the engine. The gathering
+        # waits for that, so that no row goes on after its request was settled.
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)

@@ -12,7 +12,7 @@ MOST_DECIMALS = 4
 
 
 @dataclass(frozen=True)
-class Probe:
+class LeakProbe:
     """One request, and what of its answer would be a leak."""
 
     name: str
@@ -26,42 +26,46 @@ def messages() -> list[dict[str, Any]]:
     return [{"role": "user", "content": PROMPT}]
 
 
-def probes() -> Iterator[Probe]:
+def probes() -> Iterator[LeakProbe]:
     chat, text = {"messages": messages()}, {"prompt": PROMPT}
     for value in (0, 1, -1):
-        yield Probe(f"prompt_logprobs={value}", CHAT, chat | {"prompt_logprobs": value}, _prompt)
-    yield Probe("completions: prompt_logprobs", TEXT, text | {"prompt_logprobs": 1}, _prompt)
-    yield Probe("echo", TEXT, text | {"echo": True}, _echoes)
-    yield Probe("echo and logprobs", TEXT, text | {"echo": True, "logprobs": 1}, _echoes)
-    yield Probe("echo, no tokens", TEXT, text | {"echo": True, "max_tokens": 0}, _echoes)
+        yield LeakProbe(
+            f"prompt_logprobs={value}", CHAT, chat | {"prompt_logprobs": value}, _prompt
+        )
+    yield LeakProbe("completions: prompt_logprobs", TEXT, text | {"prompt_logprobs": 1}, _prompt)
+    yield LeakProbe("echo", TEXT, text | {"echo": True}, _echoes)
+    yield LeakProbe("echo and logprobs", TEXT, text | {"echo": True, "logprobs": 1}, _echoes)
+    yield LeakProbe("echo, no tokens", TEXT, text | {"echo": True, "max_tokens": 0}, _echoes)
     numbers = {"logprobs": True, "top_logprobs": 5}
     ids = {"logprob_token_ids": list(range(64))}
-    yield Probe("logprob_token_ids", CHAT, chat | {"logprobs": True} | ids, _chosen)
-    yield Probe("completions: logprob_token_ids", TEXT, text | {"logprobs": 1} | ids, _chosen)
+    yield LeakProbe("logprob_token_ids", CHAT, chat | {"logprobs": True} | ids, _chosen)
+    yield LeakProbe("completions: logprob_token_ids", TEXT, text | {"logprobs": 1} | ids, _chosen)
     bias = {"logit_bias": {"5": 100, "6": 100}}
-    yield Probe("logit_bias and logprobs", CHAT, chat | numbers | bias, _has_numbers)
-    yield Probe("completions: the same", TEXT, text | {"logprobs": 5} | bias, _has_numbers)
-    yield Probe(
+    yield LeakProbe("logit_bias and logprobs", CHAT, chat | numbers | bias, _has_numbers)
+    yield LeakProbe("completions: the same", TEXT, text | {"logprobs": 5} | bias, _has_numbers)
+    yield LeakProbe(
         "ban and logprobs", CHAT, chat | numbers | {"logit_bias": {"5": -100}}, _has_numbers
     )
-    yield Probe("a bias that is no ban", CHAT, chat | {"logit_bias": {"5": 7.5}}, _accepted)
-    yield Probe("top_logprobs=20", CHAT, chat | {"logprobs": True, "top_logprobs": 20}, _too_many)
-    yield Probe("logprobs=20", TEXT, text | {"logprobs": 20}, _too_many)
-    yield Probe("precision", CHAT, chat | numbers, _too_exact)
-    yield Probe("n=128", CHAT, chat | {"n": 128, "seed": 1, "max_tokens": 1}, _accepted)
+    yield LeakProbe("a bias that is no ban", CHAT, chat | {"logit_bias": {"5": 7.5}}, _accepted)
+    yield LeakProbe(
+        "top_logprobs=20", CHAT, chat | {"logprobs": True, "top_logprobs": 20}, _too_many
+    )
+    yield LeakProbe("logprobs=20", TEXT, text | {"logprobs": 20}, _too_many)
+    yield LeakProbe("precision", CHAT, chat | numbers, _too_exact)
+    yield LeakProbe("n=128", CHAT, chat | {"n": 128, "seed": 1, "max_tokens": 1}, _accepted)
     for field, value in SWITCHES.items():
-        yield Probe(f"chat: {field}", CHAT, chat | {field: value}, _accepted)
+        yield LeakProbe(f"chat: {field}", CHAT, chat | {field: value}, _accepted)
     for field, value in TEXT_SWITCHES.items():
-        yield Probe(f"completions: {field}", TEXT, text | {field: value}, _accepted)
+        yield LeakProbe(f"completions: {field}", TEXT, text | {field: value}, _accepted)
     stray = [{"role": "user", "content": PROMPT, "stray": 1}]
-    yield Probe("stray field", CHAT, chat | {"stray": 1}, _accepted)
-    yield Probe("stray field in a message", CHAT, {"messages": stray}, _accepted)
+    yield LeakProbe("stray field", CHAT, chat | {"stray": 1}, _accepted)
+    yield LeakProbe("stray field in a message", CHAT, {"messages": stray}, _accepted)
     part = [{"type": "text", "text": PROMPT, "stray": 1}]
-    yield Probe(
+    yield LeakProbe(
         "stray field in a part", CHAT, {"messages": [{"role": "user", "content": part}]}, _accepted
     )
     options = {"stream": True, "stream_options": {"include_usage": True, "stray": 1}}
-    yield Probe("stray field in stream_options", CHAT, chat | options, _accepted)
+    yield LeakProbe("stray field in stream_options", CHAT, chat | options, _accepted)
 
 
 SWITCHES: dict[str, Any] = {
@@ -173,14 +177,14 @@ STRANGERS = (
 )
 
 STREAMS = (
-    Probe("stream", CHAT, {"messages": messages(), "stream": True}, lambda _: ""),
-    Probe(
+    LeakProbe("stream", CHAT, {"messages": messages(), "stream": True}, lambda _: ""),
+    LeakProbe(
         "stream with logprobs",
         CHAT,
         {"messages": messages(), "stream": True, "logprobs": True, "top_logprobs": 5},
         lambda event: _too_exact(event) or _too_many(event),
     ),
-    Probe("completions: stream", TEXT, {"prompt": PROMPT, "stream": True}, lambda _: ""),
+    LeakProbe("completions: stream", TEXT, {"prompt": PROMPT, "stream": True}, lambda _: ""),
 )
 
 

@@ -31,7 +31,7 @@ from gateway.audit.probes import (
     STRANGERS,
     STREAMS,
     TEXT,
-    Probe,
+    LeakProbe,
     messages,
     probes,
     unwanted,
@@ -53,7 +53,7 @@ Outcome = Literal["held", "accepted", "leaked", "unclear"]
 
 
 @dataclass(frozen=True)
-class Finding:
+class ProbeResult:
     """What one probe found."""
 
     probe: str
@@ -109,7 +109,7 @@ def audit(
     client: httpx.Client | None = None,
     on_done: Callable[[int], None] = lambda _: None,
     sleep: Callable[[float], None] = time.sleep,
-) -> list[Finding]:
+) -> list[ProbeResult]:
     """Run every probe against an OpenAI-compatible endpoint.
 
     Args:
@@ -127,7 +127,7 @@ def audit(
     try:
         asker = Asker(client, key, sleep)
         name = model or _first_model(asker, base)
-        found: list[Finding] = []
+        found: list[ProbeResult] = []
         for finding in _run(asker, base, name):
             found.append(finding)
             on_done(1)
@@ -153,7 +153,7 @@ class Way:
     why: str = ""
 
 
-def _run(asker: Asker, base: str, model: str) -> Iterator[Finding]:
+def _run(asker: Asker, base: str, model: str) -> Iterator[ProbeResult]:
     ways = {path: _way(asker, base + path, model, path) for path in (CHAT, TEXT)}
     if not any(way.body for way in ways.values()):
         raise ValueError(f"{ways[CHAT].why}; nothing can be said about requests that are not")
@@ -161,7 +161,7 @@ def _run(asker: Asker, base: str, model: str) -> Iterator[Finding]:
         for probe in asked:
             way = ways[probe.path]
             if way.body is None:
-                yield Finding(probe.name, way.outcome, way.why)
+                yield ProbeResult(probe.name, way.outcome, way.why)
             else:
                 answer = asker.ask("POST", base + probe.path, {**way.body, **probe.body})
                 yield _if_served(asker, base, way, probe, judge(probe, answer), answer)
@@ -175,8 +175,8 @@ def _run(asker: Asker, base: str, model: str) -> Iterator[Finding]:
 
 
 def _if_served(
-    asker: Asker, base: str, way: Way, probe: Probe, found: Finding, answer: httpx.Response
-) -> Finding:
+    asker: Asker, base: str, way: Way, probe: LeakProbe, found: ProbeResult, answer: httpx.Response
+) -> ProbeResult:
     """What was found, unless the key itself was shut out in the middle of the audit."""
     if answer.status_code not in {401, 403} or way.body is None:
         return found
@@ -184,7 +184,7 @@ def _if_served(
     if again.status_code == 200:
         return found
     seen = f"the key gets no ordinary answer any more: status {again.status_code}"
-    return Finding(probe.name, "unclear", seen)
+    return ProbeResult(probe.name, "unclear", seen)
 
 
 def _words(path: str) -> dict[str, Any]:
@@ -214,11 +214,11 @@ def _way(asker: Asker, url: str, model: str, path: str) -> Way:
     return Way(None, "held" if first.status_code in MISSING else "unclear", why)
 
 
-def _judge(probe: Probe, answer: httpx.Response) -> Finding:
+def _judge(probe: LeakProbe, answer: httpx.Response) -> ProbeResult:
     if answer.status_code in REFUSED:
-        return Finding(probe.name, "held", f"refused with {answer.status_code}")
+        return ProbeResult(probe.name, "held", f"refused with {answer.status_code}")
     if answer.status_code != 200:
-        return Finding(probe.name, "unclear", f"status {answer.status_code}")
+        return ProbeResult(probe.name, "unclear", f"status {answer.status_code}")
     if answer.headers.get("content-type", "").startswith("text/event-stream"):
         return _judge_stream(probe, answer)
     data = answer.json()
@@ -227,17 +227,17 @@ def _judge(probe: Probe, answer: httpx.Response) -> Finding:
     if not seen or seen == ACCEPTED:
         seen = unwanted(data) or seen
     if seen == ACCEPTED:
-        return Finding(probe.name, "accepted", "status 200")
+        return ProbeResult(probe.name, "accepted", "status 200")
     if not seen and not data.get("choices"):
-        return Finding(probe.name, "unclear", "status 200, but no completion")
-    return Finding(probe.name, "leaked" if seen else "held", seen or "answered without it")
+        return ProbeResult(probe.name, "unclear", "status 200, but no completion")
+    return ProbeResult(probe.name, "leaked" if seen else "held", seen or "answered without it")
 
 
-def _judge_stream(probe: Probe, answer: httpx.Response) -> Finding:
+def _judge_stream(probe: LeakProbe, answer: httpx.Response) -> ProbeResult:
     if answer.status_code in REFUSED:
-        return Finding(probe.name, "held", f"refused with {answer.status_code}")
+        return ProbeResult(probe.name, "held", f"refused with {answer.status_code}")
     if answer.status_code != 200:
-        return Finding(probe.name, "unclear", f"status {answer.status_code}")
+        return ProbeResult(probe.name, "unclear", f"status {answer.status_code}")
     accepted = completed = False
     for line in answer.text.splitlines():
         if not line.startswith("data: {"):
@@ -249,25 +249,25 @@ def _judge_stream(probe: Probe, answer: httpx.Response) -> Finding:
         accepted = accepted or ACCEPTED in shown
         leaks = [seen for seen in shown if seen != ACCEPTED]
         if leaks:
-            return Finding(probe.name, "leaked", leaks[0])
+            return ProbeResult(probe.name, "leaked", leaks[0])
     if accepted:
-        return Finding(probe.name, "accepted", "status 200")
+        return ProbeResult(probe.name, "accepted", "status 200")
     if not completed:
-        return Finding(probe.name, "unclear", "a stream without a completion")
-    return Finding(probe.name, "held", "nothing but text")
+        return ProbeResult(probe.name, "unclear", "a stream without a completion")
+    return ProbeResult(probe.name, "held", "nothing but text")
 
 
-def _judge_route(asker: Asker, root: str, method: str, route: str) -> Finding:
+def _judge_route(asker: Asker, root: str, method: str, route: str) -> ProbeResult:
     answer = asker.ask(method, root + route, {} if method == "POST" else None)
     # A route that finds fault with an empty body is there.
     return _judge_door(f"{method} {route}", answer, {401, 403, 404, 405})
 
 
-def _judge_door(name: str, answer: httpx.Response, shut: set[int]) -> Finding:
+def _judge_door(name: str, answer: httpx.Response, shut: set[int]) -> ProbeResult:
     seen = f"status {answer.status_code}"
     if answer.status_code in SILENT:
-        return Finding(name, "unclear", seen)
-    return Finding(name, "held" if answer.status_code in shut else "leaked", seen)
+        return ProbeResult(name, "unclear", seen)
+    return ProbeResult(name, "held" if answer.status_code in shut else "leaked", seen)
 
 
 def _first_model(asker: Asker, base: str) -> str:

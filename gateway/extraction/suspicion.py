@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from gateway.accounts.key_records import KeyRecord
 from gateway.extraction.footprint import Observation, RequestFacts, observe
 from gateway.extraction.score import Watch, score
-from gateway.http.requests import Sampled
+from gateway.http.requests import ApiRequest
 from gateway.metrics import Metrics
 from gateway.plan import Plan
 from gateway.policy import Extraction
@@ -37,7 +37,7 @@ class Suspicion:
     def see(
         self,
         key: KeyRecord,
-        request: Sampled,
+        request: ApiRequest,
         headers: Mapping[str, str],
         address: str,
         *,

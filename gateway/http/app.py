@@ -1,58 +1,49 @@
-"""The gateway's HTTP side: a few routes, and a refusal in OpenAI's shape for everything else."""
+"""The gateway's HTTP side: a few routes, and an error in OpenAI's shape for everything else."""
 
 import asyncio
 import contextlib
-import json
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse, Response, StreamingResponse
-from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 
 from azeotrope import __version__
 from gateway.accounts.database import StoreError
 from gateway.admitted import Admitted
+from gateway.answers.pieces import AnswerPiece, join
 from gateway.errors import ApiError
-from gateway.http.requests import ChatRequest, CompletionRequest, Sampled
-from gateway.http.responses import Said, usage
+from gateway.http.requests import ApiRequest, ChatRequest, CompletionRequest
+from gateway.http.responses import usage
+from gateway.http.schema import describe, describe_operation
+from gateway.http.transport import (
+    EVENT_STREAM,
+    FAILURES,
+    LAST_EVENT,
+    error_body,
+    event,
+    read_body,
+)
 from gateway.records.audit_log import AuditLogError
 from gateway.records.retention import keep_for
 from gateway.refusals import store_failed
 from gateway.service import Gateway
 
-_REFERENCE = "#/components/schemas/{model}"
-_BEARER = {"key": {"type": "http", "scheme": "bearer"}}
-_ERROR = {
-    "type": "object",
-    "required": ["error"],
-    "properties": {
-        "error": {
-            "type": "object",
-            "required": ["message", "type", "param", "code"],
-            "properties": {
-                "message": {"type": "string"},
-                "type": {"type": "string"},
-                "param": {"type": ["string", "null"]},
-                "code": {"type": ["string", "null"]},
-            },
-        }
-    },
-}
+CLIENT_CLOSED_REQUEST = 499
+"""nginx's status for a client that went away. It reaches nobody but the access log."""
 
 
 def create_app(gateway: Gateway) -> FastAPI:
-    """The gateway as an ASGI application. Interactive documentation and CORS are left out."""
+    """The gateway as an ASGI application, without interactive documentation and without CORS."""
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        days = asyncio.create_task(
+        retention = asyncio.create_task(
             keep_for(gateway.log, lambda: gateway.policy.audit.retention_days)
         )
         yield
-        days.cancel()
+        retention.cancel()
         await gateway.close()
 
     app = FastAPI(
@@ -60,15 +51,15 @@ def create_app(gateway: Gateway) -> FastAPI:
         version=__version__,
         docs_url=None,
         redoc_url=None,
-        # A redirect is no refusal, and its address would repeat the Host header that was sent.
+        # A redirect is not an error, and its address would repeat the Host header of the request.
         redirect_slashes=False,
         lifespan=lifespan,
     )
     _handle_errors(app)
-    _completions(app, gateway)
-    _models(app, gateway)
-    _operations(app, gateway)
-    _describe(app)
+    _add_completions(app, gateway)
+    _add_models(app, gateway)
+    _add_operations(app, gateway)
+    describe(app)
     return app
 
 
@@ -78,97 +69,70 @@ def _handle_errors(app: FastAPI) -> None:
         return JSONResponse(error.body(), error.status, headers=error.headers)
 
     @app.exception_handler(HTTPException)
-    async def unknown(request: Request, error: HTTPException) -> JSONResponse:
-        place = f"{request.method} {request.url.path}"[:200]
-        known = ApiError(error.status_code, f"{place}: {error.detail}", code="not_found")
+    async def unknown_route(request: Request, error: HTTPException) -> JSONResponse:
+        route = f"{request.method} {request.url.path}"[:200]
+        known = ApiError(error.status_code, f"{route}: {error.detail}", code="not_found")
         return JSONResponse(known.body(), known.status, headers=error.headers)
 
     @app.exception_handler(StoreError)
     @app.exception_handler(AuditLogError)
-    async def closed(_: Request, error: Exception) -> JSONResponse:
-        shut = store_failed(error)
-        return JSONResponse(shut.body(), shut.status, headers=shut.headers)
+    async def store_unavailable(_: Request, error: Exception) -> JSONResponse:
+        # Fail closed: without keys, quotas and the log no request is answered.
+        known = store_failed(error)
+        return JSONResponse(known.body(), known.status, headers=known.headers)
 
     @app.exception_handler(Exception)
-    async def broken(_: Request, error: Exception) -> JSONResponse:
-        # Starlette logs the traceback; none of it goes outside.
+    async def unexpected(_: Request, error: Exception) -> JSONResponse:
+        # Starlette logs the traceback. It may hold prompts or weights' paths, so clients get none.
         failed = ApiError(500, "the gateway failed; the request was not answered", kind="api_error")
         return JSONResponse(failed.body(), failed.status)
 
 
-def _completions(app: FastAPI, gateway: Gateway) -> None:
-    async def answer(request: Request, kind: type[Sampled]) -> Response:
+def _add_completions(app: FastAPI, gateway: Gateway) -> None:
+    async def answer(request: Request, kind: type[ApiRequest]) -> Response:
         address = request.client.host if request.client else ""
-        admitted = await gateway.admit(kind, request.headers, _reader(request), address)
+        admitted = await gateway.admit(
+            kind, request.headers, lambda most_bytes: read_body(request, most_bytes), address
+        )
         pieces = gateway.answer(admitted)
         if not admitted.stream:
-            return await _unless_left(request, _whole(gateway, admitted, pieces))
-        # What fails before the first token is still an ordinary error with a status.
+            return await _unless_disconnected(request, _whole(admitted, pieces))
+        # The status line leaves with the first event. Waiting for the first token here means that
+        # an engine which fails before it is still reported by a status.
         first = await anext(pieces)
         return StreamingResponse(
-            _events(gateway, admitted, first, pieces),
-            media_type="text/event-stream",
+            _events(admitted, first, pieces),
+            media_type=EVENT_STREAM,
             headers={**admitted.headers, "cache-control": "no-store"},
         )
 
-    def operation(kind: type[Sampled]) -> dict[str, Any]:
-        schema = {"$ref": _REFERENCE.format(model=kind.__name__)}
-        return {
-            "security": [{"key": []}],
-            "requestBody": {
-                "required": True,
-                "content": {"application/json": {"schema": schema}},
-            },
-            "responses": {
-                "200": {"description": "the answer, or its events if `stream` is true"},
-                **{
-                    status: {
-                        "description": text,
-                        "content": {"application/json": {"schema": _ERROR}},
-                    }
-                    for status, text in _REFUSALS.items()
-                },
-            },
-        }
-
-    @app.post("/v1/chat/completions", openapi_extra=operation(ChatRequest))
+    @app.post("/v1/chat/completions", openapi_extra=describe_operation(ChatRequest))
     async def chat(request: Request) -> Response:
         """Continue a conversation."""
         return await answer(request, ChatRequest)
 
-    @app.post("/v1/completions", openapi_extra=operation(CompletionRequest))
+    @app.post("/v1/completions", openapi_extra=describe_operation(CompletionRequest))
     async def completions(request: Request) -> Response:
         """Continue a text."""
         return await answer(request, CompletionRequest)
 
 
-_REFUSALS = {
-    "400": "a value is not allowed",
-    "401": "no valid key",
-    "403": "the key may not do this",
-    "404": "no such model",
-    "408": "the body did not arrive in time",
-    "413": "the body is too large",
-    "422": "a field is unknown",
-    "429": "a quota is used up",
-    "503": "too busy, or the engine failed; see Retry-After",
-}
+async def _unless_disconnected(request: Request, work: Coroutine[Any, Any, Response]) -> Response:
+    """The result of the work, which is cancelled if the client disconnects first.
 
-
-async def _unless_left(request: Request, work: Coroutine[Any, Any, Response]) -> Response:
-    """What the work makes, unless the client goes away first: then it is stopped.
-
-    Nobody reads the answer then. The body must have been read before.
+    Uvicorn does not cancel a handler whose client went away, so without this the engine would
+    write the whole answer and the key would be billed for it. The body must have been read before,
+    because its messages come from the same channel as the disconnect.
     """
 
-    async def left() -> None:
+    async def disconnected() -> None:
         while (await request.receive())["type"] != "http.disconnect":
             pass
 
-    tasks = answer, watch = asyncio.create_task(work), asyncio.create_task(left())
+    tasks = answer, watch = asyncio.create_task(work), asyncio.create_task(disconnected())
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        return await answer if answer.done() else Response(status_code=499)
+        return await answer if answer.done() else Response(status_code=CLIENT_CLOSED_REQUEST)
     finally:
         for task in tasks:
             task.cancel()
@@ -176,76 +140,52 @@ async def _unless_left(request: Request, work: Coroutine[Any, Any, Response]) ->
 
 
 async def _whole(
-    gateway: Gateway, admitted: Admitted, pieces: AsyncGenerator[tuple[int, Said]]
+    admitted: Admitted, pieces: AsyncGenerator[tuple[int, AnswerPiece]]
 ) -> JSONResponse:
-    parts: list[list[Said]] = [[] for _ in admitted.plan.requests]
-    tokens = 0
-    async for number, said in pieces:
-        parts[number].append(said)
-        tokens = gateway.written(admitted)
-    joined = [
-        Said(
-            "".join(piece.text for piece in part),
-            tuple(token for piece in part for token in piece.tokens),
-            part[-1].finish,
-            tuple(offset for piece in part for offset in piece.offsets),
-        )
-        for part in parts
-    ]
+    parts: list[list[AnswerPiece]] = [[] for _ in admitted.plan.requests]
+    async for number, piece in pieces:
+        parts[number].append(piece)
+    answers = [join(part) for part in parts]
+    tokens = sum(answer.engine_tokens for answer in answers)
     cost = usage(admitted.plan.prompt_tokens, tokens)
-    return JSONResponse(admitted.format.whole(joined, cost), headers=dict(admitted.headers))
+    return JSONResponse(admitted.format.whole(answers, cost), headers=dict(admitted.headers))
 
 
 async def _events(
-    gateway: Gateway,
     admitted: Admitted,
-    first: tuple[int, Said],
-    pieces: AsyncGenerator[tuple[int, Said]],
+    first: tuple[int, AnswerPiece],
+    pieces: AsyncGenerator[tuple[int, AnswerPiece]],
 ) -> AsyncIterator[bytes]:
-    """Server-sent events; an error after the first one is an event too, and ends the stream."""
-    begun: set[int] = set()
+    """Server-sent events. An error after the first one is an event too, and ends the stream."""
+    started: set[int] = set()
 
-    def event(number: int, said: Said) -> bytes:
-        new = number not in begun
-        begun.add(number)
-        return _event(admitted.format.part(number, said, first=new))
+    def chunk(number: int, piece: AnswerPiece) -> bytes:
+        # In OpenAI's protocol only the first event of each choice names the role.
+        is_first = number not in started
+        started.add(number)
+        return event(admitted.format.part(number, piece, first=is_first))
 
+    tokens = first[1].engine_tokens
     try:
+        # Closing the pieces stops the engine if the client goes away in the middle of the stream.
         async with contextlib.aclosing(pieces):
-            yield event(*first)
-            tokens = gateway.written(admitted)
-            async for number, said in pieces:
-                tokens = gateway.written(admitted)
-                if said.text or said.tokens or said.finish:
-                    yield event(number, said)
-    except ApiError as error:
-        yield _event(error.body())
-        return
-    except (StoreError, AuditLogError) as error:
-        yield _event(store_failed(error).body())
+            yield chunk(*first)
+            async for number, piece in pieces:
+                tokens += piece.engine_tokens
+                # An empty piece says that a hidden token was written. An event for it would show
+                # how fast and how long the hidden reasoning is.
+                if piece.text or piece.tokens or piece.finish:
+                    yield chunk(number, piece)
+    except FAILURES as error:
+        # OpenAI's clients raise when an event has `error`. No usage and no `[DONE]` follow it.
+        yield event(error_body(error))
         return
     if admitted.wants_usage:
-        yield _event(admitted.format.totals(usage(admitted.plan.prompt_tokens, tokens)))
-    yield b"data: [DONE]\n\n"
+        yield event(admitted.format.totals(usage(admitted.plan.prompt_tokens, tokens)))
+    yield LAST_EVENT
 
 
-def _event(data: dict[str, Any]) -> bytes:
-    return f"data: {json.dumps(data, ensure_ascii=False, allow_nan=False)}\n\n".encode()
-
-
-def _reader(request: Request) -> Callable[[int], Awaitable[bytes]]:
-    async def read(most: int) -> bytes:
-        found = bytearray()
-        async for part in request.stream():
-            found += part
-            if len(found) > most:
-                raise ApiError(413, f"the body has more than {most} bytes", code="too_large")
-        return bytes(found)
-
-    return read
-
-
-def _models(app: FastAPI, gateway: Gateway) -> None:
+def _add_models(app: FastAPI, gateway: Gateway) -> None:
     def described(name: str) -> dict[str, Any]:
         return {"id": name, "object": "model", "created": 0, "owned_by": "azeotrope"}
 
@@ -253,7 +193,7 @@ def _models(app: FastAPI, gateway: Gateway) -> None:
 
     @app.get("/v1/models", openapi_extra=secured)
     async def models(request: Request) -> JSONResponse:
-        """The models that the key can ask for."""
+        """The models that this key may request."""
         key = await gateway.authenticate(request.headers)
         names = gateway.models(key)
         return JSONResponse({"object": "list", "data": [described(name) for name in names]})
@@ -267,38 +207,21 @@ def _models(app: FastAPI, gateway: Gateway) -> None:
         return JSONResponse(described(name))
 
 
-def _operations(app: FastAPI, gateway: Gateway) -> None:
+def _add_operations(app: FastAPI, gateway: Gateway) -> None:
     @app.get("/healthz")
     async def alive() -> JSONResponse:
-        """Whether this process runs; restart it if not."""
+        """Whether this process runs; if not, restart it."""
         return JSONResponse({"status": "alive"})
 
-    @app.get("/readyz", openapi_extra={"responses": {"503": {"description": "not yet"}}})
+    @app.get("/readyz", openapi_extra={"responses": {"503": {"description": "not ready"}}})
     async def ready() -> JSONResponse:
-        """Whether a request can be answered; send none here if not."""
+        """Whether this process can answer requests; if not, send it none."""
         ok = await gateway.is_ready()
         return JSONResponse({"status": "ready" if ok else "not ready"}, 200 if ok else 503)
 
     @app.get("/metrics", openapi_extra={"security": [{"key": []}]})
     async def metrics(request: Request) -> Response:
-        """Numbers for Prometheus, for keys with the scope `metrics`."""
+        """Metrics for Prometheus, for keys with the scope `metrics`."""
         await gateway.authenticate(request.headers, "metrics")
         page, kind = gateway.metrics.page()
         return Response(page, media_type=kind)
-
-
-def _describe(app: FastAPI) -> None:
-    """Add the bodies to the OpenAPI document: they are read by hand, for errors in one shape."""
-
-    def document() -> dict[str, Any]:
-        if app.openapi_schema is None:
-            schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
-            kinds = [(kind, "validation") for kind in (ChatRequest, CompletionRequest)]
-            _, bodies = models_json_schema(kinds, ref_template=_REFERENCE)  # type: ignore[arg-type]
-            components = schema.setdefault("components", {})
-            components.setdefault("schemas", {}).update(bodies["$defs"])
-            components["securitySchemes"] = _BEARER
-            app.openapi_schema = schema
-        return app.openapi_schema
-
-    app.openapi = document  # type: ignore[method-assign]

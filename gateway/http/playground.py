@@ -1,34 +1,30 @@
-"""The page at `/` and its routes. What can be asked there, and by whom, is in `showcase`."""
+"""The page at `/` and its routes. The rules about its questions are in `showcase`."""
 
 import asyncio
 import base64
 import contextlib
 import dataclasses
 import hashlib
-import ipaddress
-import json
 import re
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
 from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from pydantic import ValidationError
 
-from azeotrope.config import explain, path_text
 from azeotrope.tasks import TaskConfig
-from gateway.accounts.database import StoreError
 from gateway.errors import ApiError
-from gateway.http.showcase import Ask, Showcase, Verdict
-from gateway.records.audit_log import AuditLogError
-from gateway.refusals import store_failed
+from gateway.http.requests import refusal
+from gateway.http.showcase import CheckedAnswer, PageQuestion, Showcase
+from gateway.http.transport import EVENT_STREAM, FAILURES, error_body, event, read_body
+from gateway.loopback import is_loopback
 from gateway.service import Gateway
 
 PAGE = Path(__file__).with_name("page.html")
 MOST_BYTES = 1024
-"""Of a question, which is a number and a word."""
+"""The largest body of a question, which is a number and a word."""
 
 _HEADERS = {
     "cache-control": "no-store",
@@ -36,61 +32,62 @@ _HEADERS = {
     "referrer-policy": "no-referrer",
     "cross-origin-opener-policy": "same-origin",
 }
-# A report has its figures and its style in itself, and nothing in it has to run.
+# A report contains its figures and its style, and none of it has to run. Its text includes traces,
+# which a model wrote, so scripts in it must not run either.
 _REPORT_POLICY = "sandbox; default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 
 def add_page(
     app: FastAPI, gateway: Gateway, task: TaskConfig, *, demo: bool, report: Path | None
 ) -> None:
-    """Add the page, what it asks for, and the report it links to.
+    """Add the page, the routes that it calls, and the report that it links to.
 
     Args:
-        task: its first test problems are shown to whoever opens the page, without their answers.
-        demo: show the undefended teacher beside the defended one, and ask for no key.
-        report: an HTML file, read at each request; whoever opens the page may read it.
+        task: every visitor of the page sees its first test problems, without the answers.
+        demo: show the undefended teacher beside the defended one, and require no key.
+        report: an HTML file, read at each request. Every visitor of the page may read it.
     """
     page = PAGE.read_text(encoding="utf-8")
     policy = page_policy(page)
     showcase = Showcase(gateway, task, demo=demo)
 
-    def admit(request: Request) -> None:
+    def check_visitor(request: Request) -> None:
         if demo:
             check_local(request)
 
     @app.get("/", include_in_schema=False)
     async def show(request: Request) -> Response:
-        admit(request)
+        check_visitor(request)
         return HTMLResponse(page, headers={**_HEADERS, "content-security-policy": policy})
 
     @app.get("/playground/problems", include_in_schema=False)
     async def problems(request: Request) -> Response:
-        admit(request)
-        found = {**showcase.listing(), "report": report is not None and report.is_file()}
-        return JSONResponse(found, headers=_HEADERS)
+        check_visitor(request)
+        listing = {**showcase.listing(), "report": report is not None and report.is_file()}
+        return JSONResponse(listing, headers=_HEADERS)
 
     @app.post("/playground/ask", include_in_schema=False)
     async def ask(request: Request) -> Response:
-        admit(request)
-        told = await showcase.answer(await read_ask(request), request)
-        return StreamingResponse(_events(told), media_type="text/event-stream", headers=_HEADERS)
+        check_visitor(request)
+        parts = await showcase.answer(await read_question(request), request)
+        return StreamingResponse(_events(parts), media_type=EVENT_STREAM, headers=_HEADERS)
 
     @app.get("/report", include_in_schema=False)
     async def show_report(request: Request) -> Response:
-        admit(request)
+        check_visitor(request)
         if report is None or not report.is_file():
-            raise ApiError(404, "there is no report here", code="not_found")
-        found = await asyncio.to_thread(report.read_bytes)
-        return HTMLResponse(found, headers={**_HEADERS, "content-security-policy": _REPORT_POLICY})
+            raise ApiError(404, "there is no report", code="not_found")
+        html = await asyncio.to_thread(report.read_bytes)
+        return HTMLResponse(html, headers={**_HEADERS, "content-security-policy": _REPORT_POLICY})
 
 
 def page_policy(page: str) -> str:
-    """The page's Content-Security-Policy: its own style and script by their hashes, no others."""
+    """The page's Content-Security-Policy, which allows its own style and script by their hashes."""
 
     def hashes(tag: str) -> str:
         parts = re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
-        sums = [hashlib.sha256(part.encode()).digest() for part in parts]
-        return " ".join(f"'sha256-{base64.b64encode(item).decode()}'" for item in sums)
+        digests = [hashlib.sha256(part.encode()).digest() for part in parts]
+        return " ".join(f"'sha256-{base64.b64encode(digest).decode()}'" for digest in digests)
 
     return (
         f"default-src 'none'; script-src {hashes('script')}; style-src {hashes('style')}; "
@@ -100,80 +97,60 @@ def page_policy(page: str) -> str:
 
 
 def check_local(request: Request) -> None:
-    """Refuse a demonstration to other machines, and to other sites in this one's browser.
+    """Refuse a demonstration to other machines, and to other sites in a browser on this machine.
 
-    A site may point its own name at this machine, and is then of one origin with the page; its
-    name is what gives it away.
+    The second check is against DNS rebinding. Another site can point its own name at 127.0.0.1;
+    the browser then counts it as the same origin as the page. The Host header still has that name.
 
     Raises:
         ApiError: 403.
     """
     client = request.client.host if request.client else ""
-    if not (_is_loopback(_name(request.headers.get("host", ""))) and _is_loopback(client)):
+    if not (is_loopback(_host_name(request.headers.get("host", ""))) and is_loopback(client)):
         raise ApiError(
             403,
-            "the demonstration is for this machine alone; open http://127.0.0.1 and the port",
+            "the demonstration is available on this machine only; open http://127.0.0.1 with the "
+            "port of this server",
             kind="permission_error",
         )
 
 
-async def read_ask(request: Request) -> Ask:
+async def read_question(request: Request) -> PageQuestion:
     """The body of a question.
 
     Raises:
-        ApiError: 415 unless it is declared as JSON, for which a browser first asks here before it
-            sends what another site wants; 413 if it is too large; 422 for an unknown field; 400
-            for the rest.
+        ApiError: 415 unless it is declared as JSON; 413 if it is too large; 422 for an unknown
+            field; 400 for other errors.
     """
+    # A browser sends bodies of other types to any site without asking. For JSON from another site
+    # it first sends a preflight request, which this server does not answer.
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise ApiError(415, "content-type must be application/json", code="not_json")
-    body = bytearray()
-    async for part in request.stream():
-        body += part
-        if len(body) > MOST_BYTES:
-            raise ApiError(413, f"the body has more than {MOST_BYTES} bytes", code="too_large")
+    body = await read_body(request, MOST_BYTES)
     try:
-        return Ask.model_validate_json(bytes(body))
+        return PageQuestion.model_validate_json(body)
     except ValidationError as error:
-        problems = error.errors(include_url=False, include_context=False, include_input=False)
-        reasons = explain(error, Ask, whole="body", show_values=False)
-    unknown = [item for item in problems if item["type"] == "extra_forbidden"]
-    path = path_text((unknown or problems)[0]["loc"])[:200]
-    message = f"{reasons[:1000]}; a question has problem and side"
-    raise ApiError(422 if unknown else 400, message, param=path or None)
+        raise refusal(PageQuestion, error) from None
 
 
-async def _events(told: AsyncIterator[str | Verdict]) -> AsyncIterator[bytes]:
-    """Server-sent events: `text` as it is written, then `verdict`, or `error` where it ends."""
+async def _events(parts: AsyncIterator[str | CheckedAnswer]) -> AsyncIterator[bytes]:
+    """Server-sent events: `text` as it is written, then `verdict`, or `error` if that fails."""
     try:
-        # Whoever goes away while it is written stops the engine too.
-        async with contextlib.aclosing(told):  # type: ignore[type-var]
-            async for item in told:
-                if isinstance(item, Verdict):
-                    yield _event("verdict", dataclasses.asdict(item))
+        # Closing the parts stops the engine if the visitor goes away.
+        async with contextlib.aclosing(parts):  # type: ignore[type-var]
+            async for part in parts:
+                if isinstance(part, CheckedAnswer):
+                    yield event(dataclasses.asdict(part), "verdict")
                 else:
-                    yield _event("text", {"text": item})
-    except ApiError as error:
-        yield _event("error", error.body())
-    except (StoreError, AuditLogError) as error:
-        yield _event("error", store_failed(error).body())
+                    yield event({"text": part}, "text")
+    except FAILURES as error:
+        yield event(error_body(error), "error")
 
 
-def _event(name: str, data: dict[str, Any]) -> bytes:
-    return f"event: {name}\ndata: {json.dumps(data, allow_nan=False)}\n\n".encode()
-
-
-def _name(host: str) -> str:
-    """Of a Host header, without the port; empty if it is none."""
+def _host_name(header: str) -> str:
+    """The name in a Host header, without the port; empty if the header is malformed."""
     try:
-        return urlsplit(f"//{host}").hostname or ""
+        return urlsplit(f"//{header}").hostname or ""
     except ValueError:
         return ""
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

@@ -1,7 +1,7 @@
-"""The requests that the gateway knows. What is not written here cannot be asked for.
+"""The requests that the gateway accepts, as an allow-list of fields.
 
-This is an allow-list: an engine's next release may understand new fields, and none of them passes.
-A field is taken, checked and used; nothing of a request's body is handed on.
+New fields of an engine's next release are rejected by default. Each field is read, checked and
+used by the gateway itself; no part of a request's body is passed on to the engine.
 """
 
 from typing import Annotated, Literal, TypeVar
@@ -19,7 +19,8 @@ BAN = -100.0
 
 
 class _Strict(BaseModel):
-    # JSON's own types and no others: a number in quotes is a mistake of the client.
+    # JSON's own types without conversions, so that a number in quotes is an error. A conversion
+    # would be a second spelling of a value that other checks might not expect.
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
@@ -29,12 +30,16 @@ class TextPart(_Strict):
 
 
 class ChatMessage(_Strict):
-    """One turn. Clients send an answer of ours back as it came, with all that was not in it."""
+    """One turn of a conversation.
+
+    Clients send earlier answers back as they received them, so the fields that OpenAI's classes
+    add to an answer are accepted as long as they are null.
+    """
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[TextPart]
     name: str | None = None
-    type: Literal["text"] | None = Field(default=None, description="some clients write it here")
+    type: Literal["text"] | None = Field(default=None, description="some clients add it")
     refusal: None = None
     annotations: None = None
     audio: None = None
@@ -42,7 +47,7 @@ class ChatMessage(_Strict):
     tool_calls: None = None
 
     def plain(self) -> Message:
-        """As chat templates want it."""
+        """The message in the form that chat templates take."""
         parts = self.content if isinstance(self.content, list) else [self.content]
         text = "".join(part if isinstance(part, str) else part.text for part in parts)
         return {"role": "system" if self.role == "developer" else self.role, "content": text}
@@ -55,8 +60,8 @@ class StreamOptions(_Strict):
 _Stop = Annotated[str, Field(min_length=1, max_length=256)]
 
 
-class Sampled(_Strict):
-    """What both kinds of requests share."""
+class ApiRequest(_Strict):
+    """The fields that both kinds of requests share."""
 
     model: str = Field(max_length=256)
     stream: bool | None = None
@@ -67,14 +72,13 @@ class Sampled(_Strict):
     temperature: float | None = Field(default=None, ge=0, le=2)
     top_p: float | None = Field(default=None, gt=0, le=1)
     logit_bias: dict[str, float] | None = Field(
-        default=None, description="-100 forbids a token; no other bias is taken"
+        default=None, description="-100 forbids a token; no other bias is accepted"
     )
-    user: str | None = Field(default=None, max_length=512, description="taken and not used")
+    user: str | None = Field(default=None, max_length=512, description="accepted and not used")
 
     @property
     def stops(self) -> tuple[str, ...]:
-        given = [self.stop] if isinstance(self.stop, str) else self.stop or []
-        return tuple(given)
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
     @property
     def wants_usage(self) -> bool:
@@ -82,21 +86,21 @@ class Sampled(_Strict):
 
     @property
     def most_tokens(self) -> int | None:
-        """Tokens of one completion that were asked for."""
+        """The requested length of one completion; None leaves it to the tier."""
         raise TypeError("a request is a chat or a completion")
 
     @property
     def asked_logprobs(self) -> int | None:
-        """Likeliest tokens that were asked for; None asks for no numbers at all."""
+        """How many of the likeliest tokens are requested; None requests no log-probabilities."""
         raise TypeError("a request is a chat or a completion")
 
     @property
     def texts(self) -> tuple[str, ...]:
-        """What the client wrote."""
+        """The texts that the client wrote."""
         raise TypeError("a request is a chat or a completion")
 
 
-class ChatRequest(Sampled):
+class ChatRequest(ApiRequest):
     """`POST /v1/chat/completions`."""
 
     messages: list[ChatMessage] = Field(min_length=1, max_length=1024)
@@ -118,7 +122,7 @@ class ChatRequest(Sampled):
         return tuple(message.plain()["content"] for message in self.messages)
 
 
-class CompletionRequest(Sampled):
+class CompletionRequest(ApiRequest):
     """`POST /v1/completions`."""
 
     prompt: str | Annotated[list[str], Field(min_length=1, max_length=64)]
@@ -138,48 +142,55 @@ class CompletionRequest(Sampled):
         return self.logprobs
 
 
-R = TypeVar("R", bound=Sampled)
+RequestT = TypeVar("RequestT", bound=ApiRequest)
 
 
-def parse(kind: type[R], body: bytes) -> R:
+def parse(kind: type[RequestT], body: bytes) -> RequestT:
     """Read a request's body.
 
     Raises:
-        ApiError: 422 that names every unknown field, wherever it stands; 400 for anything else
-            that does not fit.
+        ApiError: 422 with the name of every unknown field at any depth; 400 for other errors.
     """
     try:
         request = kind.model_validate_json(body)
     except ValidationError as error:
-        raise _refusal(kind, error) from None
+        raise refusal(kind, error) from None
     if len(request.stops) > MOST_STOPS:
         raise invalid("stop", f"at most {MOST_STOPS} stop strings, got {len(request.stops)}")
     if request.stream_options is not None and not request.stream:
         raise invalid("stream_options", "stream_options needs stream to be true")
     if isinstance(request, ChatRequest) and request.top_logprobs and not request.logprobs:
         raise invalid("top_logprobs", "top_logprobs needs logprobs to be true")
+    # Log-probabilities under a bias reveal logits exactly, and from enough of them the output head
+    # (Carlini et al. 2024, arXiv:2403.06634).
     if request.asked_logprobs is not None and request.logit_bias:
         raise invalid(
             "logit_bias",
-            "logit_bias is not taken together with logprobs; leave one of them out",
+            "logit_bias is not accepted together with logprobs; leave one of them out",
         )
     return request
 
 
 def invalid(param: str | None, message: str, code: str | None = None) -> ApiError:
+    """A refusal of one value of a request."""
     return ApiError(400, message, param=param, code=code)
 
 
-def _refusal(kind: type[BaseModel], error: ValidationError) -> ApiError:
+def refusal(kind: type[BaseModel], error: ValidationError) -> ApiError:
+    """The answer to a body that does not fit: 422 for unknown fields, else 400.
+
+    It does not repeat values: they may be prompts, and messages of errors end up in logs.
+    """
     problems = error.errors(include_url=False, include_context=False, include_input=False)
-    unknown = [item for item in problems if item["type"] == "extra_forbidden"]
+    unknown = sorted(
+        {path_text(problem["loc"]) for problem in problems if problem["type"] == "extra_forbidden"}
+    )
     if unknown:
-        names = sorted({path_text(item["loc"]) for item in unknown})
-        known = ", ".join(kind.model_fields)
         return ApiError(
             422,
-            f"unknown fields: {', '.join(names)[:1000]}; this endpoint takes {known}",
-            param=names[0][:200],
+            f"unknown fields: {', '.join(unknown)[:1000]}; this endpoint takes "
+            f"{', '.join(kind.model_fields)}",
+            param=unknown[0][:200],
             code="unknown_field",
         )
     reasons = explain(error, whole="body", show_values=False)

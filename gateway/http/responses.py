@@ -1,7 +1,7 @@
-"""Answers in OpenAI's shapes, built field by field from tokens: the allow-list of what leaves.
+"""Answers in OpenAI's shapes, built field by field from tokens, as an allow-list of fields.
 
-The engine's own objects are never passed on or filtered, so a field that nobody put here cannot
-appear. Fields that are not set are not sent.
+Objects of the engine are never passed on or filtered, so an answer contains only the fields that
+this module writes. Fields that are not set are not sent.
 """
 
 import time
@@ -23,27 +23,21 @@ from openai.types.chat.chat_completion_token_logprob import TopLogprob
 from openai.types.completion_choice import Logprobs
 from transformers import PreTrainedTokenizerBase
 
-from azeotrope.engine.protocol import Finish, Token
+from azeotrope.engine.protocol import Token
+from gateway.answers.pieces import AnswerPiece
 from gateway.http.token_bytes import TokenBytes, readable
 
 LEAST_LOGPROB = -9999.0
-"""Stands for minus infinity, which JSON does not have; OpenAI's API does the same."""
+"""Written for minus infinity, which JSON does not have; OpenAI's API does the same."""
 
 
 @dataclass(frozen=True)
-class Said:
-    """What one completion has said, or a part of it."""
+class LogprobFormat:
+    """How tokens and their log-probabilities are written.
 
-    text: str = ""
-    tokens: tuple[Token, ...] = ()
-    finish: Finish | None = None
-    offsets: tuple[int, ...] = ()
-    """Where each token begins, in characters of the whole completion."""
-
-
-@dataclass(frozen=True)
-class Numbers:
-    """How log-probabilities are shown."""
+    Values are rounded to the digits of the tier. Exact ones would make it cheaper to recover the
+    output head from them.
+    """
 
     tokenizer: PreTrainedTokenizerBase
     decimals: int
@@ -55,40 +49,41 @@ class Numbers:
         return list(self._bytes.of(token))
 
     def name(self, token: int) -> str:
-        """The text, or the bytes where they are a part of a character: a key in a dictionary."""
+        """The text, or the bytes of a part of a character: a key that is unique in most answers."""
         return readable(self._bytes.of(token)) or self.text(token)
 
     def top(self, token: Token) -> dict[str, float]:
-        """The likeliest by name; of names that are the same the likelier one counts."""
-        found: dict[str, float] = {}
-        for other, value in token.top:
-            found.setdefault(self.name(other), self.value(value))
-        return found
+        """The likeliest tokens by name. Of several with the same name the likeliest counts."""
+        values: dict[str, float] = {}
+        for id, value in token.top:
+            values.setdefault(self.name(id), self.value(value))
+        return values
 
     @cached_property
     def _bytes(self) -> TokenBytes:
         return TokenBytes(self.tokenizer)
 
     def value(self, logprob: float | None) -> float:
+        """The rounded log-probability in nats; adding 0.0 turns -0.0 into 0.0."""
         if logprob is None or not logprob > LEAST_LOGPROB:
             return LEAST_LOGPROB
         return round(min(logprob, 0.0), self.decimals) + 0.0
 
 
 @runtime_checkable
-class Format(Protocol):
-    """How one kind of request is answered."""
+class AnswerFormat(Protocol):
+    """The shape of the answers to one kind of request."""
 
-    def whole(self, said: Sequence[Said], usage: CompletionUsage) -> dict[str, Any]:
+    def whole(self, answers: Sequence[AnswerPiece], usage: CompletionUsage) -> dict[str, Any]:
         """The answer to a request that does not stream."""
         ...
 
-    def part(self, index: int, said: Said, *, first: bool) -> dict[str, Any]:
+    def part(self, index: int, piece: AnswerPiece, *, first: bool) -> dict[str, Any]:
         """One event of a stream."""
         ...
 
     def totals(self, usage: CompletionUsage) -> dict[str, Any]:
-        """The event that ends a stream whose client asked for its usage."""
+        """The last event of a stream whose client requested `include_usage`."""
         ...
 
 
@@ -98,18 +93,18 @@ class ChatFormat:
 
     id: str
     model: str
-    numbers: Numbers | None
+    logprobs: LogprobFormat | None
     created: int = field(default_factory=lambda: int(time.time()))
 
-    def whole(self, said: Sequence[Said], usage: CompletionUsage) -> dict[str, Any]:
+    def whole(self, answers: Sequence[AnswerPiece], usage: CompletionUsage) -> dict[str, Any]:
         choices = [
             chat_completion.Choice(
                 index=index,
-                message=ChatCompletionMessage(role="assistant", content=item.text, refusal=None),
-                logprobs=self._logprobs(item, chat_completion.ChoiceLogprobs),
-                finish_reason=item.finish or "length",
+                message=ChatCompletionMessage(role="assistant", content=answer.text, refusal=None),
+                logprobs=self._logprobs(answer, chat_completion.ChoiceLogprobs),
+                finish_reason=answer.finish or "length",
             )
-            for index, item in enumerate(said)
+            for index, answer in enumerate(answers)
         ]
         return ChatCompletion(
             id=self.id,
@@ -120,24 +115,27 @@ class ChatFormat:
             usage=usage,
         ).model_dump(exclude_unset=True)
 
-    def part(self, index: int, said: Said, *, first: bool) -> dict[str, Any]:
+    def part(self, index: int, piece: AnswerPiece, *, first: bool) -> dict[str, Any]:
+        # The first delta of a choice has the role and a text, even an empty one; others have the
+        # text only if there is some.
         delta = chat_completion_chunk.ChoiceDelta()
         if first:
-            delta = chat_completion_chunk.ChoiceDelta(role="assistant", content=said.text)
-        elif said.text:
-            delta = chat_completion_chunk.ChoiceDelta(content=said.text)
+            delta = chat_completion_chunk.ChoiceDelta(role="assistant", content=piece.text)
+        elif piece.text:
+            delta = chat_completion_chunk.ChoiceDelta(content=piece.text)
         return self._event(
             [
                 chat_completion_chunk.Choice(
                     index=index,
                     delta=delta,
-                    logprobs=self._logprobs(said, chat_completion_chunk.ChoiceLogprobs),
-                    finish_reason=said.finish,
+                    logprobs=self._logprobs(piece, chat_completion_chunk.ChoiceLogprobs),
+                    finish_reason=piece.finish,
                 )
             ]
         ).model_dump(exclude_unset=True)
 
     def totals(self, usage: CompletionUsage) -> dict[str, Any]:
+        # OpenAI sends the usage in an event without choices, after all others.
         return self._event([], usage=usage).model_dump(exclude_unset=True)
 
     def _event(
@@ -152,25 +150,25 @@ class ChatFormat:
             **more,
         )
 
-    def _logprobs(self, said: Said, kind: type[Any]) -> Any:
-        numbers = self.numbers
-        if numbers is None:
+    def _logprobs(self, piece: AnswerPiece, kind: type[Any]) -> Any:
+        form = self.logprobs
+        if form is None:
             return None
         content = [
             ChatCompletionTokenLogprob(
-                token=numbers.text(token.id),
-                bytes=numbers.bytes(token.id),
-                logprob=numbers.value(token.logprob),
+                token=form.text(token.id),
+                bytes=form.bytes(token.id),
+                logprob=form.value(token.logprob),
                 top_logprobs=[
                     TopLogprob(
-                        token=numbers.text(other),
-                        bytes=numbers.bytes(other),
-                        logprob=numbers.value(value),
+                        token=form.text(id),
+                        bytes=form.bytes(id),
+                        logprob=form.value(value),
                     )
-                    for other, value in token.top
+                    for id, value in token.top
                 ],
             )
-            for token in said.tokens
+            for token in piece.tokens
         ]
         return kind(content=content, refusal=None)
 
@@ -181,15 +179,15 @@ class CompletionFormat:
 
     id: str
     model: str
-    numbers: Numbers | None
+    logprobs: LogprobFormat | None
     created: int = field(default_factory=lambda: int(time.time()))
 
-    def whole(self, said: Sequence[Said], usage: CompletionUsage) -> dict[str, Any]:
-        choices = [self._choice(index, item) for index, item in enumerate(said)]
+    def whole(self, answers: Sequence[AnswerPiece], usage: CompletionUsage) -> dict[str, Any]:
+        choices = [self._choice(index, answer) for index, answer in enumerate(answers)]
         return self._event(choices, usage=usage).model_dump(exclude_unset=True)
 
-    def part(self, index: int, said: Said, *, first: bool) -> dict[str, Any]:
-        return self._event([self._choice(index, said)]).model_dump(exclude_unset=True)
+    def part(self, index: int, piece: AnswerPiece, *, first: bool) -> dict[str, Any]:
+        return self._event([self._choice(index, piece)]).model_dump(exclude_unset=True)
 
     def totals(self, usage: CompletionUsage) -> dict[str, Any]:
         return self._event([], usage=usage).model_dump(exclude_unset=True)
@@ -204,30 +202,33 @@ class CompletionFormat:
             **more,
         )
 
-    def _choice(self, index: int, said: Said) -> CompletionChoice:
-        # A part of a stream has not ended yet, for which the class has no value.
+    def _choice(self, index: int, piece: AnswerPiece) -> CompletionChoice:
+        # The class requires a reason why the completion ended, and OpenAI's own streams send null
+        # before the end. So the object is built without validation.
         return CompletionChoice.model_construct(
             {"index", "text", "logprobs", "finish_reason"},
             index=index,
-            text=said.text,
-            logprobs=self._logprobs(said),
-            finish_reason=said.finish,
+            text=piece.text,
+            logprobs=self._logprobs(piece),
+            finish_reason=piece.finish,
         )
 
-    def _logprobs(self, said: Said) -> Logprobs | None:
-        numbers = self.numbers
-        if numbers is None:
+    def _logprobs(self, piece: AnswerPiece) -> Logprobs | None:
+        form = self.logprobs
+        if form is None:
             return None
-        # OpenAI counts offsets from the prompt's beginning; here, as vLLM does, the completion's.
+        # OpenAI counts offsets from the start of the prompt. Here they count from the start of the
+        # completion, as in vLLM.
         return Logprobs(
-            text_offset=list(said.offsets),
-            tokens=[numbers.name(token.id) for token in said.tokens],
-            token_logprobs=[numbers.value(token.logprob) for token in said.tokens],
-            top_logprobs=[numbers.top(token) for token in said.tokens],
+            text_offset=list(piece.offsets),
+            tokens=[form.name(token.id) for token in piece.tokens],
+            token_logprobs=[form.value(token.logprob) for token in piece.tokens],
+            top_logprobs=[form.top(token) for token in piece.tokens],
         )
 
 
 def usage(prompt: int, completion: int) -> CompletionUsage:
+    """Tokens of a request. A prompt counts once, whatever its number of completions."""
     return CompletionUsage(
         prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion
     )

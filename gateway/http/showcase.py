@@ -1,8 +1,8 @@
 """What the page at `/` can ask: a few problems of the task, of one teacher or of both.
 
-In a demonstration the undefended teacher writes beside the defended one. Nobody can ask it at will:
-there are only the task's own problems, always with the same seed, so all that can be learned of it
-here is one completion of each.
+In a demonstration the undefended teacher answers beside the defended one. It can be asked the
+task's own problems only, always with the same seed. So this page reveals one completion of the
+undefended teacher per problem, and no more.
 """
 
 import asyncio
@@ -24,23 +24,23 @@ from azeotrope.engine.protocol import Engine, Finish
 from azeotrope.tasks import Problem, Task, TaskConfig
 from gateway.accounts.key_records import KeyRecord
 from gateway.admitted import Admitted
+from gateway.answers.pieces import AnswerPiece
 from gateway.errors import ApiError
 from gateway.http.requests import ChatMessage, ChatRequest
-from gateway.http.responses import Said
 from gateway.policy import Tier
 from gateway.refusals import overloaded
 from gateway.service import Gateway
 
 MOST_PROBLEMS = 12
-ASKS_A_MINUTE = 30
-"""Of each side in a demonstration, where no key has a quota."""
+QUESTIONS_PER_MINUTE = 30
+"""For each side of a demonstration, which has no keys and therefore no quotas."""
 
 logger = logging.getLogger(__name__)
 Side = Literal["defended", "undefended"]
 
 
-class Ask(BaseModel):
-    """One question of the page: a problem by its number, and who shall answer."""
+class PageQuestion(BaseModel):
+    """One question of the page: the number of a problem, and the teacher that answers it."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
@@ -49,8 +49,8 @@ class Ask(BaseModel):
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """What the task's checker finds in an answer, as it was shown."""
+class CheckedAnswer:
+    """The result of the task's checker for an answer, as the visitor saw it."""
 
     correct: bool
     answer: str | None
@@ -59,43 +59,44 @@ class Verdict:
 
 
 class Throttle:
-    """So many a minute in this process, whoever asks."""
+    """Limits the questions of all visitors together, in this process."""
 
-    def __init__(self, most: int) -> None:
-        self._most = most
-        self._taken: deque[float] = deque()
+    def __init__(self, per_minute: int) -> None:
+        self._per_minute = per_minute
+        self._times: deque[float] = deque()
 
     def take(self) -> None:
-        """Count one more.
+        """Count one more question.
 
         Raises:
-            ApiError: 429, where there were too many in the last 60 s.
+            ApiError: 429 if the limit was reached in the last 60 s.
         """
         now = time.monotonic()
-        while self._taken and self._taken[0] <= now - 60:
-            self._taken.popleft()
-        if len(self._taken) >= self._most:
-            wait = max(1, round(self._taken[0] + 60 - now))
+        while self._times and self._times[0] <= now - 60:
+            self._times.popleft()
+        if len(self._times) >= self._per_minute:
+            wait = max(1, round(self._times[0] + 60 - now))
             raise ApiError(
                 429,
-                f"the demonstration answers {self._most} times a minute; try again in {wait} s",
+                f"the demonstration answers {self._per_minute} times per minute; try again in "
+                f"{wait} s",
                 kind="rate_limit_error",
                 code="rate_limit_exceeded",
                 headers={"retry-after": str(wait)},
             )
-        self._taken.append(now)
+        self._times.append(now)
 
 
 class Showcase:
-    """The problems, and the teachers that can be asked about them.
+    """The problems of the page, and the teachers that answer them.
 
-    If the problems cannot be read the log says why, and there are none: the rest of the gateway
+    If the problems cannot be read, the log says why and the page has none. The rest of the gateway
     does not depend on them.
     """
 
     def __init__(self, gateway: Gateway, task: TaskConfig, *, demo: bool) -> None:
         self._gateway, self._demo = gateway, demo
-        self._throttles = {side: Throttle(ASKS_A_MINUTE) for side in get_args(Side)}
+        self._throttles = {side: Throttle(QUESTIONS_PER_MINUTE) for side in get_args(Side)}
         self._visitor = _visitor()
         self._task: Task | None = None
         self._problems: Sequence[Problem] = ()
@@ -106,7 +107,7 @@ class Showcase:
             logger.exception("the page has no problems: the task %s cannot be read", task.name)
 
     def listing(self) -> dict[str, Any]:
-        """What is shown before anything is asked. Answers are not in it."""
+        """The content of the page before the first question. It does not include answers."""
         return {
             "model": self._gateway.model.name,
             "demo": self._demo,
@@ -121,35 +122,39 @@ class Showcase:
     def _clean(self) -> Engine | None:
         return self._gateway.model.undefended if self._demo else None
 
-    async def answer(self, ask: Ask, request: Request) -> AsyncIterator[str | Verdict]:
-        """Let a question in and wait for its first token; then its text, and the verdict on it.
+    async def answer(
+        self, question: PageQuestion, request: Request
+    ) -> AsyncIterator[str | CheckedAnswer]:
+        """Admit a question, wait for the first token, and return the text and its check.
 
-        Outside demonstrations it is a chat request of the key in the headers, like any other.
+        Outside demonstrations this is a chat request of the key in the headers, like any other.
 
         Raises:
-            ApiError: at once if it is not let in or the engine fails, and from the iterator later.
+            ApiError: at once if the question is refused or the engine fails before its first token;
+                later from the iterator.
         """
-        if ask.side == "undefended" and self._clean is None:
+        if question.side == "undefended" and self._clean is None:
             raise ApiError(404, "there is no undefended teacher here", code="model_not_found")
-        if self._task is None or ask.problem >= len(self._problems):
+        if self._task is None or question.problem >= len(self._problems):
             raise ApiError(
                 400,
-                f"there is no problem {ask.problem}; there are {len(self._problems)}, from 0 on",
+                f"there is no problem {question.problem}; there are {len(self._problems)}, "
+                "counted from 0",
                 param="problem",
             )
-        problem = self._problems[ask.problem]
         if self._demo:
-            admitted = await self._visit(ask, self._task)
+            admitted = await self._admit_visitor(question, self._task)
         else:
-            admitted = await self._bill(ask, self._task, request)
+            admitted = await self._admit_key(question, self._task, request)
         pieces = self._gateway.answer(admitted)
         first = await anext(pieces)
-        return self._told(admitted, first, pieces, self._task, problem)
+        return self._checked(first, pieces, self._task, self._problems[question.problem])
 
-    async def _bill(self, ask: Ask, task: Task, request: Request) -> Admitted:
+    async def _admit_key(self, question: PageQuestion, task: Task, request: Request) -> Admitted:
+        """Send the question through every check of the API, as the body of a chat request."""
         gateway = self._gateway
         key = await gateway.authenticate(request.headers, "chat")
-        chat = self._request(ask, task, gateway.policy.tiers[key.tier])
+        chat = self._chat_request(question, task, gateway.policy.tiers[key.tier])
 
         async def read(_: int) -> bytes:
             return chat.model_dump_json(exclude_none=True).encode()
@@ -157,56 +162,55 @@ class Showcase:
         address = request.client.host if request.client else ""
         return await gateway.admit(ChatRequest, request.headers, read, address)
 
-    async def _visit(self, ask: Ask, task: Task) -> Admitted:
-        """Let in somebody without a key, by the rules of the tier that new keys get."""
+    async def _admit_visitor(self, question: PageQuestion, task: Task) -> Admitted:
+        """Admit a visitor without a key, by the rules of the tier that new keys get."""
         gateway = self._gateway
         if len(gateway.open) >= gateway.policy.in_flight:
             raise overloaded()
-        self._throttles[ask.side].take()
+        self._throttles[question.side].take()
         tiers = gateway.policy.tiers
         name = self._visitor.tier if self._visitor.tier in tiers else next(iter(tiers))
         key, tier = dataclasses.replace(self._visitor, tier=name), tiers[name]
-        chat = self._request(ask, task, tier)
+        chat = self._chat_request(question, task, tier)
         planned = await gateway.plan(key, chat)
-        if ask.side == "defended":
+        if question.side == "defended":
             return await gateway.reserve(key, chat, planned, gateway.model.engine)
         assert self._clean is not None
         admitted = await gateway.reserve(key, chat, planned, self._clean)
-        # Hidden reasoning is a defense too.
-        shown = tier.model_copy(update={"reasoning": "shown"})
-        return dataclasses.replace(admitted, tier=shown)
+        # Hiding the reasoning is a defense too, so the undefended side shows it.
+        visible = tier.model_copy(update={"reasoning": "shown"})
+        return dataclasses.replace(admitted, tier=visible)
 
-    def _request(self, ask: Ask, task: Task, tier: Tier) -> ChatRequest:
-        """Both sides get the same one, so they differ by the defenses alone."""
-        messages = task.messages(self._problems[ask.problem].question)
+    def _chat_request(self, question: PageQuestion, task: Task, tier: Tier) -> ChatRequest:
+        """The same request for both sides, so that their answers differ by the defenses alone."""
+        messages = task.messages(self._problems[question.problem].question)
         return ChatRequest(
             model=self._gateway.model.name,
             messages=[ChatMessage.model_validate(message) for message in messages],
             temperature=tier.temperature[0],
-            seed=ask.problem,
+            seed=question.problem,
             stream=True,
         )
 
-    async def _told(
+    async def _checked(
         self,
-        admitted: Admitted,
-        first: tuple[int, Said],
-        pieces: AsyncIterator[tuple[int, Said]],
+        first: tuple[int, AnswerPiece],
+        pieces: AsyncIterator[tuple[int, AnswerPiece]],
         task: Task,
         problem: Problem,
-    ) -> AsyncIterator[str | Verdict]:
-        text, finish = first[1].text, first[1].finish
+    ) -> AsyncIterator[str | CheckedAnswer]:
+        piece = first[1]
+        text, finish, tokens = piece.text, piece.finish, piece.engine_tokens
         async with contextlib.aclosing(pieces):  # type: ignore[type-var]
-            tokens = self._gateway.written(admitted)
             yield text
-            async for _, said in pieces:
-                tokens = self._gateway.written(admitted)
-                text, finish = text + said.text, said.finish
-                if said.text:
-                    yield said.text
-        # Some checkers compare expressions, which may take a while.
+            async for _, piece in pieces:
+                text, finish = text + piece.text, piece.finish
+                tokens += piece.engine_tokens
+                if piece.text:
+                    yield piece.text
+        # Some checkers compare expressions, which may take a while, and other streams must go on.
         correct = await asyncio.to_thread(task.check, text, problem.answer)
-        yield Verdict(correct, task.extract(text), tokens, finish)
+        yield CheckedAnswer(correct, task.extract(text), tokens, finish)
 
 
 def first_problems(task: Task) -> Sequence[Problem]:
@@ -216,14 +220,14 @@ def first_problems(task: Task) -> Sequence[Problem]:
         ValueError: if there are none.
     """
     for count in range(MOST_PROBLEMS, 1, -1):
-        # Tasks do not say how many they have, but refuse to give more.
+        # Tasks do not tell how many problems they have, but raise if asked for more.
         with contextlib.suppress(ValueError):
             return task.problems("test", count)
     return task.problems("test", 1)
 
 
 def _visitor() -> KeyRecord:
-    """Stands for whoever opens the page of a demonstration: no real key, on nobody's bill."""
+    """The record under which visitors of a demonstration are admitted. No key store has it."""
     return KeyRecord(
         id="demo",
         account="demo",

@@ -1,4 +1,7 @@
-"""The bytes that tokens stand for, which a decoder cannot say of a part of a character."""
+"""The bytes of single tokens.
+
+A decoder cannot give them for a token that holds a part of a character.
+"""
 
 import json
 import re
@@ -12,24 +15,27 @@ _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 class TokenBytes:
-    """Joined over the tokens of a text they are its UTF-8, but for a space in front that some drop.
+    """Bytes by token. Joined over the tokens of a text, they are the UTF-8 of that text.
 
-    Names of byte-level alphabets (GPT-2) and of byte tokens (SentencePiece) are read as bytes, and
-    SentencePiece's mark as the space that it is, which is lost where a token is decoded alone.
-    Whatever else there is has the UTF-8 of its text.
+    There is one exception: some decoders drop a space at the start of the text.
+
+    Names in a byte-level alphabet (GPT-2) and names of byte tokens (SentencePiece) are read as
+    bytes. SentencePiece's mark is read as a space, which is lost if a token is decoded alone. All
+    other tokens have the UTF-8 of their text.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
 
     def of(self, token: int) -> bytes:
+        """The bytes of one token id."""
         name = self._tokenizer.convert_ids_to_tokens(token)
         if isinstance(name, str):
             byte = _BYTE.fullmatch(name) if "ByteFallback" in self._kinds else None
             if byte:
                 return bytes([int(byte[1], 16)])
             table = _alphabet()
-            # The decoder, too, takes a name with any other character in it for plain text.
+            # A name with any character outside the alphabet is plain text, as for the decoder.
             if "ByteLevel" in self._kinds:
                 plain = not all(letter in table for letter in name)
                 return name.encode() if plain else bytes(table[letter] for letter in name)
@@ -43,37 +49,40 @@ class TokenBytes:
 
     @cached_property
     def _kinds(self) -> frozenset[str]:
-        return frozenset(item["type"] for item in self._decoders)
+        return frozenset(step["type"] for step in self._decoders)
 
     @cached_property
     def _space(self) -> str:
-        """What stands for a space in names; empty if nothing does."""
-        for item in self._decoders:
-            if item["type"] == "Metaspace":
-                return item["replacement"]
-            if item["type"] == "Replace" and item["content"] == " ":
-                return item["pattern"].get("String", "")
+        """The mark for a space in names; empty if there is none."""
+        for step in self._decoders:
+            if step["type"] == "Metaspace":
+                return step["replacement"]
+            if step["type"] == "Replace" and step["content"] == " ":
+                return step["pattern"].get("String", "")
         return ""
 
 
 def _decoders(tokenizer: PreTrainedTokenizerBase) -> Iterator[dict[str, Any]]:
-    """The steps of a tokenizer's decoder as plain data; none for one that is written in Python."""
+    """The steps of a tokenizer's decoder as plain data; none if it is written in Python."""
     decoder = getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None)
     if decoder is None:
         return
     waiting = [json.loads(decoder.__getstate__())]
     while waiting:
-        item = waiting.pop(0)
-        waiting = [*item.get("decoders", ()), *waiting]
-        yield item
+        step = waiting.pop(0)
+        waiting = [*step.get("decoders", ()), *waiting]
+        yield step
 
 
 @cache
 def _alphabet() -> dict[str, int]:
-    """GPT-2's printable character for each byte: its own where it has one, else one from 256 on."""
+    """The byte for each of GPT-2's printable characters.
+
+    A printable byte has its own character, and the others have the characters from 256 on.
+    """
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     rest = [byte for byte in range(256) if byte not in printable]
-    moved = {chr(256 + place): byte for place, byte in enumerate(rest)}
+    moved = {chr(256 + number): byte for number, byte in enumerate(rest)}
     return {chr(byte): byte for byte in printable} | moved
 
 
@@ -89,25 +98,26 @@ def readable(token: bytes) -> str | None:
     return None
 
 
-def places(tokens: Sequence[bytes], text: str) -> tuple[int, ...]:
-    """Where in a text each of the tokens that spell it begins, in characters.
+def token_starts(tokens: Sequence[bytes], text: str) -> tuple[int, ...]:
+    """The start of each token that spells a text, in characters.
 
-    One that begins inside a character is placed at that character. Tokens that do not spell the
-    text all stand at its beginning.
+    A token that begins inside a character starts at that character. If the tokens do not spell the
+    text, all of them start at 0.
     """
     if len(tokens) == 1:
         return (0,)
     joined, spelt = b"".join(tokens), text.encode()
     if joined not in (spelt, b" " + spelt):
         return (0,) * len(tokens)
-    # A character is placed by its first byte.
-    starts = [at for at, byte in enumerate(joined) if byte & 0xC0 != 0x80]
+    # Bytes 10xxxxxx continue a character of UTF-8; every other byte starts one.
+    characters = [at for at, byte in enumerate(joined) if byte & 0xC0 != 0x80]
+    # The space that a decoder drops shifts all characters by one.
     dropped = len(joined) - len(spelt)
-    found: list[int] = []
-    at = begun = 0
+    starts: list[int] = []
+    at = count = 0
     for token in tokens:
-        while begun < len(starts) and starts[begun] <= at:
-            begun += 1
-        found.append(max(min(begun - 1 - dropped, len(text) - 1), 0))
+        while count < len(characters) and characters[count] <= at:
+            count += 1
+        starts.append(max(min(count - 1 - dropped, len(text) - 1), 0))
         at += len(token)
-    return tuple(found)
+    return tuple(starts)

@@ -171,7 +171,7 @@ def test_a_demonstration_is_for_this_machine_alone(gateway_factory, engine, path
 
 
 def test_visitors_are_counted_on_each_side(gateway_factory, engine, monkeypatch):
-    monkeypatch.setattr(showcase, "ASKS_A_MINUTE", 1)
+    monkeypatch.setattr(showcase, "QUESTIONS_PER_MINUTE", 1)
     app = with_page(gateway_factory(undefended=engine), demo=True)
     assert ask(app, "defended").status_code == 200
     assert ask(app, "undefended").status_code == 200

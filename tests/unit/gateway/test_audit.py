@@ -9,7 +9,7 @@ import pytest
 
 from azeotrope.config import ConfigError
 from gateway.audit.probes import PROMPT, messages
-from gateway.audit.run import PATIENCE_S, TRIES, Finding, audit, count
+from gateway.audit.run import PATIENCE_S, TRIES, ProbeResult, audit, count
 from workflows import audit as command
 
 BASE = {"model", "max_tokens", "temperature"}
@@ -68,14 +68,16 @@ class Server:
 Handler = Callable[[httpx.Request], httpx.Response]
 
 
-def asked(server: Handler, sleep: Callable[[float], None] = lambda _: None) -> dict[str, Finding]:
+def asked(
+    server: Handler, sleep: Callable[[float], None] = lambda _: None
+) -> dict[str, ProbeResult]:
     with httpx.Client(transport=httpx.MockTransport(server)) as client:
         listed = audit("http://here/v1", "k", client=client, sleep=sleep)
     assert len(listed) == count()
     return {item.probe: item for item in listed}
 
 
-def found(*answers: tuple[dict[str, Any], Any]) -> dict[str, Finding]:
+def found(*answers: tuple[dict[str, Any], Any]) -> dict[str, ProbeResult]:
     return asked(Server(*answers))
 
 
@@ -331,8 +333,8 @@ def test_no_ordinary_answer_is_no_finding() -> None:
 def test_the_command_passes_if_everything_held(
     outcome: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    items = [Finding("a", "held", "[/] seen"), Finding("b", outcome, "")]
-    monkeypatch.setattr(command.audit, "audit", lambda *_, **__: items)
+    items = [ProbeResult("a", "held", "[/] seen"), ProbeResult("b", outcome, "")]
+    monkeypatch.setattr(command.run, "audit", lambda *_, **__: items)
     assert command.main("http://here/v1", "k") == int(outcome != "held")
     shown = capsys.readouterr().out
     assert "[/] seen" in shown

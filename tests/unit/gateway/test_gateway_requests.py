@@ -1,4 +1,4 @@
-"""What a request may hold, and what the engine is asked because of it."""
+"""The fields of a request, and the engine requests that follow from them."""
 
 import json
 from typing import Any
@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 from azeotrope.tokens import encode_prompt
 from gateway.errors import ApiError
 from gateway.http.requests import ChatRequest, CompletionRequest, parse
-from gateway.plan import MOST_COMPLETIONS, Plan, plan
+from gateway.plan import MOST_COMPLETIONS, ModelLimits, Plan, plan
 from gateway.policy import Tier
 
 QUESTION = "joe has 2 eggs ."
@@ -28,8 +28,8 @@ def text(**more: Any) -> CompletionRequest:
 def planned(
     word: PreTrainedTokenizerFast, request: Any, *, seed_key: bytes = b"secret", **tier: Any
 ) -> Plan:
-    limits: dict[str, Any] = {"context": CONTEXT, "vocabulary": len(word)}
-    return plan(request, Tier(**tier), word, identity="r", seed_key=seed_key, **limits)
+    model = ModelLimits(word, CONTEXT, len(word))
+    return plan(request, Tier(**tier), model, identity="r", seed_key=seed_key)
 
 
 def refusal(call: Any) -> ApiError:
@@ -51,7 +51,7 @@ def refusal(call: Any) -> ApiError:
         ),
     ],
 )
-def test_unknown_fields_are_named_wherever_they_stand(more: dict[str, Any], named: str) -> None:
+def test_unknown_fields_are_named_at_any_depth(more: dict[str, Any], named: str) -> None:
     error = refusal(lambda: chat(**more))
     assert error.status == 422
     assert error.message.startswith(f"unknown fields: {named};")
@@ -70,7 +70,7 @@ def test_unknown_fields_are_named_wherever_they_stand(more: dict[str, Any], name
         (b'{"model": 1, "messages": [{"role": "user", "content": "a"}]}', "model"),
     ],
 )
-def test_bodies_that_do_not_fit_are_refused_with_the_place(body: bytes, param: str | None) -> None:
+def test_bodies_that_do_not_fit_are_refused_with_the_field(body: bytes, param: str | None) -> None:
     error = refusal(lambda: parse(ChatRequest, body))
     assert (error.status, error.param) == (400, param)
 
@@ -102,26 +102,26 @@ def test_not_a_number_is_refused() -> None:
     assert refusal(lambda: parse(CompletionRequest, body)).param == "temperature"
 
 
-def test_a_chat_becomes_what_the_template_makes_of_it(word: PreTrainedTokenizerFast) -> None:
+def test_a_chat_is_encoded_by_the_chat_template(word: PreTrainedTokenizerFast) -> None:
     ids = encode_prompt(word, [{"role": "user", "content": QUESTION}])
-    found = planned(word, chat(max_tokens=7, temperature=0.5, top_p=0.9, seed=3))
-    (request,) = found.requests
+    result = planned(word, chat(max_tokens=7, temperature=0.5, top_p=0.9, seed=3))
+    (request,) = result.requests
     assert request.prompt == ids
     assert (request.max_tokens, request.temperature, request.top_p) == (7, 0.5, 0.9)
     assert (request.logprobs, request.banned) == (None, ())
     assert request.seed is not None
     assert request.seed >= 0
-    assert (found.prompt_tokens, found.completion_tokens) == (len(ids), 7)
-    # Parts of text are one text, and a developer is the system.
+    assert (result.prompt_tokens, result.completion_tokens) == (len(ids), 7)
+    # The parts of a message's text are joined.
     parts = [{"type": "text", "text": "joe has "}, {"type": "text", "text": "2 eggs ."}]
     same = planned(word, chat(messages=[{"role": "user", "content": parts}], seed=3))
     assert same.requests[0].prompt == ids
-    # Evaluation harnesses name the kind of a message's text in the message.
+    # Some evaluation harnesses add the type of the text to the message.
     named = [{"type": "text", "role": "user", "content": QUESTION}]
     assert planned(word, chat(messages=named)).requests[0].prompt == ids
 
 
-def test_what_is_left_of_the_context_bounds_an_answer(word: PreTrainedTokenizerFast) -> None:
+def test_the_rest_of_the_context_bounds_an_answer(word: PreTrainedTokenizerFast) -> None:
     ids = encode_prompt(word, [{"role": "user", "content": QUESTION}])
     assert planned(word, chat()).requests[0].max_tokens == CONTEXT - len(ids)
     assert planned(word, chat(max_tokens=2000)).requests[0].max_tokens == CONTEXT - len(ids)
@@ -134,21 +134,21 @@ def test_completions_of_one_request_have_seeds_of_their_own(word: PreTrainedToke
     one = planned(word, text(prompt=["joe", "eggs"], n=2, seed=5))
     seeds = [request.seed for request in one.requests]
     assert len(set(seeds)) == 4
-    # Whoever asks cannot know them, and another customer's are others.
+    # A client cannot know them, and those of other customers are different.
     assert 5 not in seeds
-    other = planned(word, text(prompt=["joe", "eggs"], n=2, seed=5), seed_key=b"other")
-    assert not {request.seed for request in other.requests} & set(seeds)
+    elsewhere = planned(word, text(prompt=["joe", "eggs"], n=2, seed=5), seed_key=b"another")
+    assert not {request.seed for request in elsewhere.requests} & set(seeds)
     assert seeds == [
         r.seed for r in planned(word, text(prompt=["joe", "eggs"], n=2, seed=5)).requests
     ]
-    # Prompts count once, whatever is written after them.
+    # A prompt counts once, whatever its number of completions.
     assert one.prompt_tokens == len({r.prompt for r in one.requests}) * len(one.requests[0].prompt)
     assert [r.id for r in one.requests] == ["r-0", "r-1", "r-2", "r-3"]
     without = [planned(word, text()).requests[0].seed for _ in range(2)]
     assert without[0] != without[1]
 
 
-def test_a_tier_bounds_what_may_be_asked(word: PreTrainedTokenizerFast) -> None:
+def test_a_tier_bounds_requests(word: PreTrainedTokenizerFast) -> None:
     cases: list[tuple[Any, dict[str, Any], str]] = [
         (chat(n=5), {"n": 4}, "n"),
         (chat(max_tokens=9), {"max_tokens": 8}, "max_tokens"),
@@ -173,14 +173,14 @@ def test_a_tier_bounds_what_may_be_asked(word: PreTrainedTokenizerFast) -> None:
         assert (error.status, error.param) == (400, param), (request, tier)
 
 
-def test_what_a_tier_allows_is_passed_on(word: PreTrainedTokenizerFast) -> None:
+def test_allowed_values_reach_the_engine(word: PreTrainedTokenizerFast) -> None:
     topk = planned(word, chat(logprobs=True, top_logprobs=3), logprobs="topk", strength=0.5)
     assert (topk.requests[0].logprobs, topk.requests[0].strength) == (3, 0.5)
     assert planned(word, chat(logprobs=True), logprobs="top1").requests[0].logprobs == 0
     assert planned(word, text(logprobs=1), logprobs="top1").requests[0].logprobs == 1
     bans = planned(word, chat(logit_bias={"5": -100, "3": -100}), bans=True)
     assert bans.requests[0].banned == (3, 5)
-    # Where a client says nothing, a tier's bounds move the usual temperature of 1.
+    # Without a value of the client, the default of 1 moves into the tier's bounds.
     assert planned(word, chat(), temperature=(0.2, 0.7)).requests[0].temperature == 0.7
     assert planned(word, chat(), top_p=(0.2, 0.7)).requests[0].top_p == 0.7
     assert planned(word, chat(), top_p=(0.2, 1)).requests[0].top_p == 1

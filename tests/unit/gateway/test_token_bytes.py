@@ -1,4 +1,4 @@
-"""Numbers of tokens that are no whole characters: their bytes, their names and their places."""
+"""Log-probabilities of tokens that are parts of characters: their bytes, names and offsets."""
 
 from functools import cache
 
@@ -10,10 +10,13 @@ from transformers import PreTrainedTokenizerFast
 
 from azeotrope.engine.protocol import Chunk, Token
 from azeotrope.pocket.tokenizer import build
-from azeotrope.tokens import Boundary, decode
-from gateway.answers.writing import Mode, Writer
-from gateway.http.responses import ChatFormat, CompletionFormat, Numbers, Said, usage
-from gateway.http.token_bytes import TokenBytes, places, readable
+from azeotrope.tokens import decode
+from gateway.answers.pieces import AnswerPiece, join
+from gateway.answers.reading import ReadingRules
+from gateway.answers.reasoning import Mode
+from gateway.answers.writing import AnswerWriter
+from gateway.http.responses import ChatFormat, CompletionFormat, LogprobFormat, usage
+from gateway.http.token_bytes import TokenBytes, readable, token_starts
 
 MIXED = "joe€s 漢字 🙂 <think> é </think> 4"
 
@@ -64,17 +67,12 @@ def encoded(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def said(tokenizer: PreTrainedTokenizerFast, ids: list[int], mode: Mode = "shown") -> Said:
-    """A completion whose every token has another number."""
-    writer = Writer(tokenizer, mode=mode, boundary=Boundary())
-    tokens = [Token(id, -float(place), ((id, -float(place)),)) for place, id in enumerate(ids)]
-    found = [writer.feed(Chunk((token,))) for token in tokens] + [writer.feed(Chunk((), "stop"))]
-    return Said(
-        "".join(piece.text for piece in found),
-        tuple(token for piece in found for token in piece.tokens),
-        "stop",
-        tuple(offset for piece in found for offset in piece.offsets),
-    )
+def answer(tokenizer: PreTrainedTokenizerFast, ids: list[int], mode: Mode = "shown") -> AnswerPiece:
+    """A completion whose tokens have different log-probabilities."""
+    writer = AnswerWriter(tokenizer, ReadingRules(), mode=mode)
+    tokens = [Token(id, -float(number), ((id, -float(number)),)) for number, id in enumerate(ids)]
+    chunks = [*(Chunk((token,)) for token in tokens), Chunk((), "stop")]
+    return join([writer.feed(chunk) for chunk in chunks])
 
 
 @pytest.mark.parametrize("name", ["byte_level", "byte_fallback"])
@@ -101,15 +99,15 @@ def test_words_carry_the_space_before_them(name: str) -> None:
 
 def test_the_numbers_of_parts_of_a_character() -> None:
     tokenizer = made("byte_level")
-    found = said(tokenizer, encoded(tokenizer, "₹ ₿"))
-    numbers = Numbers(tokenizer, 2)
-    chat = ChatFormat("id", "m", numbers).whole([found], usage(1, 1))
+    whole = answer(tokenizer, encoded(tokenizer, "₹ ₿"))
+    form = LogprobFormat(tokenizer, 2)
+    chat = ChatFormat("id", "m", form).whole([whole], usage(1, 1))
     content = chat["choices"][0]["logprobs"]["content"]
     assert bytes(byte for item in content for byte in item["bytes"]) == "₹ ₿".encode()
     assert [item["top_logprobs"][0]["bytes"] for item in content] == [
         item["bytes"] for item in content
     ]
-    text = CompletionFormat("id", "m", numbers).whole([found], usage(1, 1))
+    text = CompletionFormat("id", "m", form).whole([whole], usage(1, 1))
     logprobs = text["choices"][0]["logprobs"]
     assert all(
         name in top for name, top in zip(logprobs["tokens"], logprobs["top_logprobs"], strict=True)
@@ -121,12 +119,13 @@ def test_the_numbers_of_parts_of_a_character() -> None:
 def test_likeliest_parts_of_characters_do_not_hide_one_another() -> None:
     tokenizer = made("byte_level")
     ids = [id for id in range(256) if TokenBytes(tokenizer).of(id)[0] >= 0x80][:5]
-    top = tuple((id, -0.5 * (place + 1)) for place, id in enumerate(ids))
-    shown = Numbers(tokenizer, 2).top(Token(ids[0], -0.5, top))
-    assert list(shown.values()) == [-0.5, -1.0, -1.5, -2.0, -2.5]
-    # Where two have one name after all, the likelier one is shown.
+    top = tuple((id, -0.5 * (rank + 1)) for rank, id in enumerate(ids))
+    values = LogprobFormat(tokenizer, 2).top(Token(ids[0], -0.5, top))
+    assert list(values.values()) == [-0.5, -1.0, -1.5, -2.0, -2.5]
+    # If two tokens have the same name, the likelier one counts.
     word = made("word")
-    assert Numbers(word, 2).top(Token(7, -1.0, ((7, -1.0), (7, -2.0)))) == {word.decode([7]): -1.0}
+    twice = Token(7, -1.0, ((7, -1.0), (7, -2.0)))
+    assert LogprobFormat(word, 2).top(twice) == {word.decode([7]): -1.0}
 
 
 @pytest.mark.parametrize(
@@ -144,7 +143,7 @@ def test_names_of_bytes_are_openai_s(token: bytes, name: str | None) -> None:
 
 
 @pytest.mark.parametrize(
-    ("tokens", "text", "found"),
+    ("tokens", "text", "starts"),
     [
         ([b"a"], "a", (0,)),
         ([b"\xe6\xbc", b"\xa2", b"b"], "漢b", (0, 0, 1)),
@@ -155,8 +154,10 @@ def test_names_of_bytes_are_openai_s(token: bytes, name: str | None) -> None:
         ([b"", b"b", b""], "b", (0, 0, 0)),
     ],
 )
-def test_places_of_tokens_in_a_text(tokens: list[bytes], text: str, found: tuple[int, ...]) -> None:
-    assert places(tokens, text) == found
+def test_starts_of_tokens_in_a_text(
+    tokens: list[bytes], text: str, starts: tuple[int, ...]
+) -> None:
+    assert token_starts(tokens, text) == starts
 
 
 @pytest.mark.parametrize("name", MADE)
@@ -167,26 +168,26 @@ def test_places_of_tokens_in_a_text(tokens: list[bytes], text: str, found: tuple
         max_size=10,
     )
 )
-def test_offsets_say_where_tokens_begin(name: str, mode: Mode, words: list[str]) -> None:
+def test_offsets_are_the_starts_of_tokens(name: str, mode: Mode, words: list[str]) -> None:
     tokenizer = made(name)
-    shown = said(tokenizer, encoded(tokenizer, " ".join(words)), mode)
-    assert len(shown.offsets) == len(shown.tokens)
-    assert list(shown.offsets) == sorted(shown.offsets)
-    ends = [*shown.offsets, len(shown.text)][1:]
-    for token, start, end in zip(shown.tokens, shown.offsets, ends, strict=True):
-        assert 0 <= start <= end <= len(shown.text)
+    whole = answer(tokenizer, encoded(tokenizer, " ".join(words)), mode)
+    assert len(whole.offsets) == len(whole.tokens)
+    assert list(whole.offsets) == sorted(whole.offsets)
+    ends = [*whole.offsets, len(whole.text)][1:]
+    for token, start, end in zip(whole.tokens, whole.offsets, ends, strict=True):
+        assert 0 <= start <= end <= len(whole.text)
         own = TokenBytes(tokenizer).of(token.id)
         if readable(own) is None and name.startswith("byte"):
-            # A token of whole characters; a space that is not shown may be missing.
+            # A token of whole characters. A space at the start may have been dropped.
             alone = own.decode().strip()
-            assert shown.text[start:].lstrip().startswith(alone) or not alone
+            assert whole.text[start:].lstrip().startswith(alone) or not alone
 
 
 def test_offsets_by_hand() -> None:
     word = made("word")
-    found = said(word, encoded(word, "<think> so 2. </think> joe has 4."), "summary")
+    whole = answer(word, encoded(word, "<think> so 2. </think> joe has 4."), "summary")
     line = "[1 step of reasoning is not shown]\n"
-    assert found.text == line + "joe has 4."
-    assert [offset - len(line) for offset in found.offsets] == [0, 3, 7, 9]
-    logprobs = CompletionFormat("id", "m", Numbers(word, 2)).part(0, found, first=True)
-    assert logprobs["choices"][0]["logprobs"]["text_offset"] == list(found.offsets)
+    assert whole.text == line + "joe has 4."
+    assert [offset - len(line) for offset in whole.offsets] == [0, 3, 7, 9]
+    logprobs = CompletionFormat("id", "m", LogprobFormat(word, 2)).part(0, whole, first=True)
+    assert logprobs["choices"][0]["logprobs"]["text_offset"] == list(whole.offsets)
