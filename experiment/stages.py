@@ -28,8 +28,7 @@ VERSIONS = {
     "rarest": 1,
     "probe": 1,
     "features": 2,
-    # 3: the settings of CMI, which are a part of the description, lost `targets`.
-    "head": 3,
+    "head": 2,
     "student": 2,
 }
 
