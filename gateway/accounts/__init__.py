@@ -1,1 +1,1 @@
-"""Who calls: API keys, quotas and the ledger."""
+"""The customers of a gateway: API keys, quotas and the ledger."""

@@ -127,6 +127,8 @@ class KeyStore(ABC):
         """
 
         def end(keys: KeyTransaction) -> Sequence[KeyRecord]:
+            # The keys are listed within the change: a rotation at the same moment could otherwise
+            # add one that stays active.
             account = _existing(keys, id).account
             siblings = [record for record in keys.all() if record.account == account]
             revoked = [record.revoked_at(self._clock()) for record in siblings]
@@ -148,6 +150,8 @@ class KeyStore(ABC):
             raise ConfigError(f"the overlap is 0 seconds or more, got {overlap_s}")
         now = self._clock()
 
+        # One change for both keys. If the process dies in between two changes, the customer would
+        # have two keys without an end, or none.
         def turn(keys: KeyTransaction) -> tuple[KeyRecord, str]:
             old = _existing(keys, id)
             if not old.is_active(now):

@@ -109,6 +109,11 @@ class _RedisTransaction:
         return _all(self._pipe)
 
     def add(self, record: KeyRecord, digest: bytes) -> None:
+        """Queue a new key.
+
+        Raises:
+            StoreError: if its id is taken.
+        """
         # A hash has no unique constraint: without this check a second key of the same id would hide
         # the first, which then could not be revoked.
         if self._pipe.hexists(_IDS, record.id):

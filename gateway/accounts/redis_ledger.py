@@ -50,6 +50,12 @@ class RedisLedger:
     def reserve(
         self, reservation: Reservation, limits: Limits, *, owner: str, lease_s: float
     ) -> Standing | Refusal:
+        """Admit a request, or say why it does not fit; see `Ledger.reserve`.
+
+        Raises:
+            StoreError: if Redis does not answer, or the id of the request was used before.
+            ValueError: if the lease is not above 0 s.
+        """
         tokens, slots = reservation.tokens, reservation.slots
         verdict, *numbers = self._run(
             self._reserve,
@@ -61,6 +67,8 @@ class RedisLedger:
             raise StoreError(
                 f"the request {reservation.request!r} was reserved before; ids are used once"
             )
+        # The script counts; `Minute` applies the same rules as for the SQLite ledger, so that both
+        # report the same standing and the same wait.
         *counts, first, second = map(int, numbers)
         minute = Minute(*counts)
         if text(verdict) == "reserved":

@@ -68,6 +68,12 @@ class SqliteLedger:
     def reserve(
         self, reservation: Reservation, limits: Limits, *, owner: str, lease_s: float
     ) -> Standing | Refusal:
+        """Admit a request, or say why it does not fit; see `Ledger.reserve`.
+
+        Raises:
+            StoreError: if the file cannot be written, or the id of the request was used before.
+            ValueError: if the lease is not above 0 s.
+        """
         lease = lease_ms(lease_s)
         key, tokens, slots = reservation.key, reservation.tokens, reservation.slots
         # The counts are read and the request is inserted under one write lock. Otherwise two

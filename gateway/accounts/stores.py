@@ -28,7 +28,7 @@ class StoreLocation:
 
     @classmethod
     def of_options(cls, store: Path | None, redis: str | None) -> "StoreLocation":
-        """The location that the options `--store` and `--redis` name."""
+        """The location that the options `--store` and `--redis` name; None takes the defaults."""
         return cls(store or default_store(), redis)
 
 

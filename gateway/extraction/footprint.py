@@ -100,9 +100,9 @@ def observe(request: RequestFacts) -> Observation:
 
 def _hashed(kind: str, words: Sequence[str]) -> int:
     """A 64-bit hash of words. Equal words of two kinds have different hashes."""
-    data = " ".join(words).encode(errors="replace")
+    encoded = " ".join(words).encode(errors="replace")
     # BLAKE2b's own key makes this a MAC; `person` separates the kinds.
-    digest = hashlib.blake2b(data, digest_size=8, key=_SECRET, person=kind.encode())
+    digest = hashlib.blake2b(encoded, digest_size=8, key=_SECRET, person=kind.encode())
     return int.from_bytes(digest.digest(), "big")
 
 

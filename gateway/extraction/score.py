@@ -96,5 +96,7 @@ def score(observations: Sequence[Observation]) -> Score:
         if evidence > 0:
             parts.append((sign.weight * evidence, description))
     parts.sort(reverse=True)
+    # Each factor is the probability that a sign has a harmless cause; the signs are taken to be
+    # independent. The rule for the weights in `signs` keeps this from adding up by accident.
     clear = math.prod((1 - part for part, _ in parts), start=1.0)
     return Score(1 - clear, tuple(f"{description} ({part:.2f})" for part, description in parts))

@@ -88,7 +88,7 @@ class AuditLog:
             ),
             **{_short(name): _plain(name, value) for name, value in values.items()},
         }
-        data = (json.dumps(line, ensure_ascii=True, allow_nan=False) + "\n").encode()
+        encoded = (json.dumps(line, ensure_ascii=True, allow_nan=False) + "\n").encode()
         with self._lock:
             if self._closed:
                 raise ValueError("the audit log is closed; nothing may be decided after that")
@@ -96,13 +96,13 @@ class AuditLog:
             # A single write to an O_APPEND file: the kernel puts it at the end in one piece. A
             # buffered file could hold a line back, or split it.
             try:
-                written = os.write(descriptor, data)
+                written = os.write(descriptor, encoded)
             except OSError as error:
                 raise self._explained(error) from error
         # A disk that fills up may take a part of the line without an error.
-        if written != len(data):
+        if written != len(encoded):
             raise AuditLogError(
-                f"only {written} of {len(data)} bytes went into the audit log in {self.folder}; "
+                f"only {written} of {len(encoded)} bytes went into the audit log in {self.folder}; "
                 "make room on the disk"
             )
 

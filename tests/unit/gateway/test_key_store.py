@@ -1,4 +1,4 @@
-"""Key stores: who is let in, and how keys are created, revoked and rotated, in every kind."""
+"""Key stores of every kind: how keys are found, created, revoked and rotated."""
 
 import re
 import time

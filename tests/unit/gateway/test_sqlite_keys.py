@@ -1,4 +1,4 @@
-"""The file of a key store: what it contains, who may open it, and damage."""
+"""The file of a key store: its contents, its mode, and damage."""
 
 import os
 import sqlite3
