@@ -1,4 +1,4 @@
-"""The gateway as Serve replicas: each opens the shared stores and answers HTTP."""
+"""The gateway as replicas of Ray Serve: each opens the shared stores and answers HTTP."""
 
 import os
 from pathlib import Path
@@ -28,28 +28,36 @@ LOGS, METRICS = "audit", "metrics"
 
 
 class GatewaySettings(Config):
-    """What one gateway replica works with."""
+    """The settings of one gateway replica."""
 
-    name: str = Field(description="of the model, for clients")
-    tokenizer: str = Field(description="the checkpoint whose tokenizer and context are meant")
+    name: str = Field(description="the model's name for clients")
+    tokenizer: str = Field(description="the checkpoint that gives the tokenizer and the context")
     context: int | None = None
     boundary: Boundary = Field(default_factory=Boundary)
     rewriting: tuple[dict[str, Any], ...] = Field(default=(), description="text-stage defenses")
     policy: Policy = Field(default_factory=Policy)
-    store: str = Field(description="folder of logs, and of keys and quotas without redis")
+    store: str = Field(
+        description="the folder of logs, and of keys and quotas if there is no redis"
+    )
     redis: str | None = Field(
         default=None,
         description="address of a Redis for keys and quotas, where there are several nodes",
     )
     demo: bool = False
-    task: TaskConfig | None = Field(default=None, description="whose problems the page shows")
+    task: TaskConfig | None = Field(default=None, description="its problems are on the page")
     report: str | None = Field(default=None, description="a report.html that the page links to")
 
 
 def build_gateway(
     settings: GatewaySettings, engine: RemoteEngine, undefended: RemoteEngine | None
 ) -> Gateway:
-    """Open every store. Whatever cannot be opened stops the replica: it does not serve without."""
+    """Open every store. A store that cannot be opened stops the replica, which must not serve.
+
+    Raises:
+        ValueError: if a tier hides the reasoning and a tag does not survive decoding.
+        ConfigError: if the stores need a package that is missing.
+        StoreError: if the keys do not exist yet, or a store cannot be opened.
+    """
     model = Model(
         name=settings.name,
         tokenizer=models.load_tokenizer(settings.tokenizer),
@@ -80,7 +88,10 @@ def build_gateway(
 def _check_tags(
     policy: Policy, settings: GatewaySettings, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    """Tags that the tokenizer drops cannot say where hidden reasoning begins and ends.
+    """Check that the tags of the reasoning are part of the decoded text.
+
+    A tokenizer may drop them as special tokens. The gateway could then not tell reasoning from
+    answers, and would send the reasoning to tiers that hide it.
 
     Raises:
         ValueError: if a tier hides the reasoning and a tag does not survive decoding.
@@ -93,13 +104,13 @@ def _check_tags(
             raise ValueError(
                 f"the tokenizer of {settings.tokenizer} leaves {tag!r} out of its text, so a tier "
                 "with reasoning cut or summary could not tell where the answer begins; set every "
-                "tier's reasoning to shown, or choose tags that are no special tokens"
+                "tier's reasoning to shown, or choose tags that are not special tokens"
             )
 
 
 @serve.ingress()
 class GatewayReplica:
-    """Answers HTTP; the application is made in the replica, where its stores are."""
+    """Answers HTTP. The application is built in the replica, because its stores are there."""
 
     def __init__(
         self,
@@ -112,6 +123,7 @@ class GatewayReplica:
         self.gateway = build_gateway(self.settings, RemoteEngine(engine), clean)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
+        """The application; Serve calls this after `__init__`, in the replica's process."""
         app = create_app(self.gateway)
         if self.settings.task is not None:
             from gateway.http.playground import add_page
@@ -126,15 +138,21 @@ class GatewayReplica:
         return app
 
     def reconfigure(self, user_config: dict[str, Any]) -> None:
-        """New rules without a restart: `user_config` of the deployment is a policy."""
+        """Apply a new policy, the deployment's `user_config`, without a restart.
+
+        Raises:
+            ValueError: if the policy is malformed, or hides reasoning that the tokenizer's text
+                does not mark. The old policy then stays in force.
+        """
         policy = Policy.model_validate(user_config)
         _check_tags(policy, self.settings, self.gateway.model.tokenizer)
         self.gateway.apply(policy)
 
 
 def environment(metrics: Path) -> dict[str, str]:
-    """Variables that a replica must have before its first import."""
+    """Environment variables that a replica must have before its first import."""
     return {
+        # prometheus_client reads this when it is imported, and chooses shared files by it.
         SHARED: str(metrics),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
     }

@@ -1,10 +1,10 @@
-"""What the gateway costs: the endpoint against its bare engine, defended against undefended.
+"""The cost of the gateway: an endpoint against its bare engine, and defended against undefended.
 
     python -m benchmarks.serving
     python -m benchmarks.serving --engine vllm --run runs/pocket_demo
 
-The bare engine is the transformers engine behind a server that does nothing else, or vLLM's own
-server. They take turns, and share the processors with their clients: ratios say more than figures.
+The bare engine is the transformers engine behind a minimal server, or vLLM's own server. The
+servers take turns and share the processors with their clients, so compare ratios, not rates.
 """
 
 import argparse
@@ -60,31 +60,33 @@ POLICY = {"tiers": {"standard": dict.fromkeys(LIMITS, 10**9)}, "in_flight": 1024
 
 @dataclass
 class Server:
-    """One of the three, and what it did."""
+    """One of the three servers, and its measurements."""
 
     label: str
     url: str
     token: str | None = None
     chat: bool = True
-    """Whether it speaks OpenAI's protocol; the thin server speaks its own."""
+    """Whether it speaks OpenAI's protocol; the minimal server has its own."""
     probe: str = "/readyz"
-    rates: list[float] = field(default_factory=list)  # tokens a second, of each round
-    answers: list[tuple[float, int]] = field(default_factory=list)  # ms to the first, and tokens
+    rates: list[float] = field(default_factory=list)  # tokens per second, one per round
+    answers: list[tuple[float, int]] = field(
+        default_factory=list
+    )  # ms to the first token, and tokens
 
 
 def bare(port: int, teacher: str) -> None:
-    """The engine behind a server that does nothing else; runs until it is asked to end."""
+    """Run the engine behind a minimal server until the process is terminated."""
     torch.set_num_threads(1)  # as behind the gateway
     loaded = models.load(teacher)
     engine = TransformersEngine(loaded, rows=ROWS, queue=2 * ROWS)
 
     async def generate(request: Any) -> StreamingResponse:
-        asked = await request.json()
-        prompt = encode_prompt(loaded.tokenizer, [{"role": "user", "content": asked["text"]}])
-        wanted = EngineRequest("bench", prompt, asked["max_tokens"], temperature=0.0)
+        body = await request.json()
+        prompt = encode_prompt(loaded.tokenizer, [{"role": "user", "content": body["text"]}])
+        completion = EngineRequest("bench", prompt, body["max_tokens"], temperature=0.0)
 
         async def lines() -> AsyncIterator[str]:
-            async for chunk in engine.generate(wanted):
+            async for chunk in engine.generate(completion):
                 yield json.dumps([token.id for token in chunk.tokens]) + "\n"
 
         return StreamingResponse(lines(), media_type="application/x-ndjson")
@@ -105,52 +107,53 @@ def defend(folder: Path) -> None:
 
 
 def wait(server: Server, process: "subprocess.Popen[bytes]") -> None:
-    """Until it is ready; the thin server has no probe, but answers only once it has loaded."""
+    """Wait until a server is ready. The minimal one has no probe, but answers only once it is."""
     until = time.monotonic() + READY_S
     while process.poll() is None and time.monotonic() < until:
         with suppress(httpx.TransportError):
-            if httpx.get(server.url + server.probe, timeout=5).is_success or not server.chat:
+            answer = httpx.get(server.url + server.probe, timeout=5, trust_env=False)
+            if answer.is_success or not server.chat:
                 return
         time.sleep(0.2)
     sys.exit(f"{server.label} did not start")
 
 
 def stop(processes: "list[subprocess.Popen[bytes]]") -> None:
-    """Ask them to end, then make them; nothing that they started is left behind."""
-    running = [psutil.Process(item.pid) for item in processes if item.poll() is None]
-    children = [child for item in running for child in item.children(recursive=True)]
-    for item in running:
-        item.terminate()
-    left = psutil.wait_procs(running, timeout=STOP_S)[1]
-    for process in left + psutil.wait_procs(children, timeout=5)[1]:
+    """Terminate the processes, and kill those that do not end, with all their children."""
+    running = [psutil.Process(process.pid) for process in processes if process.poll() is None]
+    children = [child for process in running for child in process.children(recursive=True)]
+    for process in running:
+        process.terminate()
+    alive = psutil.wait_procs(running, timeout=STOP_S)[1]
+    for process in alive + psutil.wait_procs(children, timeout=5)[1]:
         with suppress(psutil.NoSuchProcess):
             process.kill()
 
 
-Plan = tuple[Server, list[str], dict[str, str]]
-"""A server's address and token, its command and its environment."""
+Launch = tuple[Server, list[str], dict[str, str]]
+"""A server, its command and its environment."""
 
 
-def engine_alone(kind: str, teacher: str, port: int) -> Plan:
-    """What serves a model with nothing in front of it."""
+def engine_alone(kind: str, teacher: str, port: int) -> Launch:
+    """How to start a server without a gateway."""
     server = Server("B bare engine", f"http://127.0.0.1:{port}")
     if kind == "transformers":
         command = [sys.executable, "-m", __spec__.name, "--bare", str(port), "--teacher", teacher]
         return replace(server, chat=False), command, {**os.environ}
-    given = f"--host 127.0.0.1 --port {port} --served-model-name bench --max-num-seqs {ROWS}"
+    options = f"--host 127.0.0.1 --port {port} --served-model-name bench --max-num-seqs {ROWS}"
     if not torch.cuda.is_available():
-        given += f" {VLLM_ON_CPU} {VLLM_CACHE}"
+        options += f" {VLLM_ON_CPU} {VLLM_CACHE}"
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
-    command += ["--model", models.resolve(teacher), *given.split()]
+    command += ["--model", models.resolve(teacher), *options.split()]
     return replace(server, probe="/health"), command, {**os.environ, **VLLM_ENV}
 
 
-def gateway(label: str, kind: str, source: str, folder: Path, port: int) -> Plan:
-    """What serves a model behind the gateway, with a store of its own."""
+def gateway(label: str, kind: str, source: str, folder: Path, port: int) -> Launch:
+    """How to start a gateway with a store of its own."""
     folder.mkdir()
     (policy := folder / "policy.yaml").write_text(json.dumps(POLICY))  # JSON is YAML
     env = {**os.environ, "AZEOTROPE_HOME": str(folder / "home")}
-    env.pop("RAY_ADDRESS", None)  # each has its own Ray
+    env.pop("RAY_ADDRESS", None)  # each starts its own Ray
     cli = [sys.executable, "-m", "workflows"]
     keys = [*cli, *"keys create bench --tier standard".split()]
     token = subprocess.check_output(keys, env=env, stderr=subprocess.DEVNULL, text=True).strip()
@@ -160,7 +163,7 @@ def gateway(label: str, kind: str, source: str, folder: Path, port: int) -> Plan
 
 
 async def ask(client: httpx.AsyncClient, server: Server, question: str) -> tuple[float, int]:
-    """One streamed answer: when its first token came, and how many it had."""
+    """One streamed answer: the time of its first token, and its number of tokens."""
     path, body = "/generate", {"text": question, "max_tokens": MAX_TOKENS}
     if server.chat:
         path, messages = "/v1/chat/completions", [{"role": "user", "content": question}]
@@ -174,7 +177,7 @@ async def ask(client: httpx.AsyncClient, server: Server, question: str) -> tuple
                 continue
             event = json.loads(line.removeprefix("data: "))
             if server.chat:
-                written = any(item["delta"].get("content") for item in event["choices"])
+                written = any(choice["delta"].get("content") for choice in event["choices"])
                 tokens = (event.get("usage") or {}).get("completion_tokens", tokens)
             else:
                 written, tokens = bool(event), tokens + len(event)
@@ -183,7 +186,7 @@ async def ask(client: httpx.AsyncClient, server: Server, question: str) -> tuple
 
 
 async def drive(server: Server, questions: list[str], clients: int, seconds: float) -> None:
-    """Every client asks again as soon as it has its answer, until the time is over."""
+    """Each client sends its next request as soon as it has an answer, until the time is over."""
     over, total = time.perf_counter() + seconds, 0.0
 
     async def one(number: int) -> None:
@@ -191,7 +194,7 @@ async def drive(server: Server, questions: list[str], clients: int, seconds: flo
         async with httpx.AsyncClient(timeout=120, verify=False, trust_env=False) as client:
             while (sent := time.perf_counter()) < over:
                 first, tokens = await ask(client, server, questions[number % len(questions)])
-                # The last answer counts by the share of it that was within the time.
+                # The last answer counts by the share of its time that was within the round.
                 total += tokens * min(1.0, (over - sent) / (time.perf_counter() - sent))
                 server.answers.append((1000 * (first - sent), tokens))
                 number += clients
@@ -200,8 +203,9 @@ async def drive(server: Server, questions: list[str], clients: int, seconds: flo
     server.rates.append(total / seconds)
 
 
-def show(servers: list[Server]) -> None:
-    names = "server,tokens/s,of each round,first token p50 ms,p95 ms,answers,tokens each"
+def report(servers: list[Server]) -> None:
+    """Print the rates and waiting times of all servers, and their ratios."""
+    names = "server,tokens/s,per round,first token p50 ms,p95 ms,answers,tokens each"
     table = Table(*names.split(","))
     for server in servers:
         lengths = [tokens for _, tokens in server.answers]
@@ -212,7 +216,7 @@ def show(servers: list[Server]) -> None:
     Console(width=150).print(table)
     gate, engine, defended = servers
     for name, over, under in (("A/B", gate, engine), ("C/A", defended, gate)):
-        ratios = [one / other for one, other in zip(over.rates, under.rates, strict=True)]
+        ratios = [rate / base for rate, base in zip(over.rates, under.rates, strict=True)]
         waits = [at(over, part) / at(under, part) for part in (0.5, 0.95)]
         print(
             f"{name}: {statistics.median(ratios):.2f} x tokens/s",
@@ -222,51 +226,51 @@ def show(servers: list[Server]) -> None:
 
 
 def at(server: Server, part: float) -> float:
-    """Milliseconds in which so many of all answers had begun."""
+    """A quantile of the time to the first token, in milliseconds."""
     firsts = sorted(first for first, _ in server.answers)
     return firsts[int(part * len(firsts))]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for option, usual in (("--clients", 16), ("--seconds", 6), ("--rounds", 3)):
-        parser.add_argument(option, type=int, default=usual)
+    for option, default in (("--clients", 16), ("--seconds", 6), ("--rounds", 3)):
+        parser.add_argument(option, type=int, default=default)
     parser.add_argument("--engine", choices=("transformers", "vllm"), default="transformers")
-    parser.add_argument("--run", help="a defended teacher in place of one made up for its speed")
-    for option, usual in (("--bare", 0), ("--teacher", "")):
-        parser.add_argument(option, type=type(usual), default=usual, help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.bare:
-        return bare(given.bare, given.teacher)
-    teacher = (find_point(given.run).teacher if given.run else None) or TEACHER
-    questions = [item.question for item in Pocket(PocketConfig()).problems("test", PROBLEMS)]
+    parser.add_argument("--run", help="the defended teacher of this run instead of a random one")
+    for option, default in (("--bare", 0), ("--teacher", "")):
+        parser.add_argument(option, type=type(default), default=default, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.bare:
+        return bare(options.bare, options.teacher)
+    teacher = (find_point(options.run).teacher if options.run else None) or TEACHER
+    questions = [problem.question for problem in Pocket(PocketConfig()).problems("test", PROBLEMS)]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(3)]
-        ports = [(item.getsockname()[1], item.close())[0] for item in sockets]
-        if not given.run:
+        ports = [(listener.getsockname()[1], listener.close())[0] for listener in sockets]
+        if not options.run:
             defend(folder / "defended")
-        defended = given.run or str(folder / "defended")
-        plans = [
-            gateway("A gateway", given.engine, teacher, folder / "a", ports[0]),
-            engine_alone(given.engine, teacher, ports[1]),
-            gateway("C defended", given.engine, defended, folder / "c", ports[2]),
+        defended = options.run or str(folder / "defended")
+        launches = [
+            gateway("A gateway", options.engine, teacher, folder / "a", ports[0]),
+            engine_alone(options.engine, teacher, ports[1]),
+            gateway("C defended", options.engine, defended, folder / "c", ports[2]),
         ]
-        servers, processes = [server for server, _, _ in plans], []
+        servers, processes = [server for server, _, _ in launches], []
         try:
-            for _, command, env in plans:
+            for _, command, env in launches:
                 processes.append(subprocess.Popen(command, env=env, stdout=sys.stderr))
             for server, process in zip(servers, processes, strict=True):
                 wait(server, process)
             for warm in [replace(server, rates=[], answers=[]) for server in servers]:
-                asyncio.run(drive(warm, questions, given.clients, WARM_UP_S))
-            turns = servers * given.rounds
+                asyncio.run(drive(warm, questions, options.clients, WARM_UP_S))
+            turns = servers * options.rounds
             for server in track(turns, "turns", console=Console(stderr=True), transient=True):
-                asyncio.run(drive(server, questions, given.clients, given.seconds))
+                asyncio.run(drive(server, questions, options.clients, options.seconds))
             print(f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} processors")
         finally:
             stop(processes)
-    show(servers)
+    report(servers)
 
 
 if __name__ == "__main__":

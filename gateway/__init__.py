@@ -1,1 +1,1 @@
-"""What stands between an engine and the outside: requests in, answers out, and nothing else."""
+"""The service between an engine and its clients: it checks requests, answers and bills them."""

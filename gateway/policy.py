@@ -1,4 +1,4 @@
-"""What each tier of keys may ask for, and how much of it."""
+"""The rules of a gateway: what each tier of keys may request, and how much of it."""
 
 from typing import Literal
 
@@ -14,43 +14,44 @@ class Tier(Config):
 
     logprobs: Literal["none", "top1", "topk"] = Field(
         default="none",
-        description="numbers shown beside the text, always of the defended distribution: none; "
-        "those of the tokens written; or of the likeliest `top_k` too",
+        description="log-probabilities beside the text, always of the defended distribution: none; "
+        "those of the tokens in the answer; or those of the likeliest `top_k` too",
     )
     top_k: int = Field(default=MOST_LOGPROBS, ge=1, le=MOST_LOGPROBS)
     decimals: int = Field(
-        default=2, ge=0, le=4, description="log-probabilities are rounded to so many"
+        default=2, ge=0, le=4, description="log-probabilities are rounded to this many decimals"
     )
     bans: bool = Field(
         default=False,
-        description="whether logit_bias may forbid tokens (-100 and nothing else); it is never "
-        "taken beside logprobs",
+        description="whether logit_bias may forbid tokens (-100 is the only value); it is never "
+        "accepted together with logprobs",
     )
     temperature: tuple[float, float] = Field(
-        default=(0.0, 2.0), description="least and greatest; a watermark wants a least above 0"
+        default=(0.0, 2.0),
+        description="least and greatest; a watermark needs a least value above 0",
     )
     top_p: tuple[float, float] = Field(
         default=(0.0, 1.0),
-        description="least and greatest; a tiny one is greedy at any temperature, so a watermark "
-        "wants a least above 0 here too",
+        description="least and greatest; a tiny top_p is greedy at any temperature, so a watermark "
+        "needs a least value above 0 here too",
     )
     n: int = Field(default=4, ge=1, le=16, description="completions of one request")
-    max_tokens: int = Field(default=2048, ge=1, description="of one completion")
+    max_tokens: int = Field(default=2048, ge=1, description="the longest completion")
     reasoning: Literal["shown", "summary", "cut"] = Field(
         default="shown",
-        description="`cut` shows the answer alone, which is the baseline `answers_only`; `summary` "
-        "puts one line in the reasoning's place that says how long it was",
+        description="`cut` shows the answer alone, like the baseline `answers_only`; `summary` "
+        "replaces the reasoning by one line that says how long it was",
     )
     strength: float | None = Field(
         default=None,
         gt=0,
-        description="of decoding defenses; null takes the configured one. Whoever may have the "
-        "undefended teacher needs a licence, not a strength of 0",
+        description="of decoding defenses; null takes the configured one. 0 is not allowed, "
+        "because access to the undefended teacher needs a licence",
     )
     requests_per_minute: int = Field(default=600, ge=1)
     tokens_per_minute: int = Field(default=200_000, ge=1)
     tokens_per_day: int = Field(default=5_000_000, ge=1)
-    concurrency: int = Field(default=64, ge=1, description="completions under way at once")
+    concurrency: int = Field(default=64, ge=1, description="the most completions at once")
 
     @model_validator(mode="after")
     def _ordered(self) -> "Tier":
@@ -66,27 +67,29 @@ class Tier(Config):
 
 
 class Extraction(Config):
-    """What to do about keys whose requests look like somebody collecting a data set."""
+    """How to react to keys whose requests look like the collection of training data."""
 
     action: Literal["observe", "throttle", "block"] = Field(
-        default="observe", description="`observe` writes the audit log and changes nothing"
+        default="observe", description="`observe` writes to the audit log and changes nothing"
     )
     threshold: float = Field(default=0.7, gt=0, le=1, description="score from which to act")
-    window: int = Field(default=500, ge=10, description="requests of a key that are looked at")
-    every: int = Field(default=20, ge=1, description="requests between two looks")
+    window: int = Field(
+        default=500, ge=10, description="a score covers the last so many requests of a key"
+    )
+    every: int = Field(default=20, ge=1, description="requests between two scores")
     throttle: float = Field(
-        default=0.1, gt=0, le=1, description="share of its quotas that a throttled key keeps"
+        default=0.1, gt=0, le=1, description="the share of its quotas that a throttled key keeps"
     )
 
 
 class Audit(Config):
-    """What becomes of the decisions that were written down."""
+    """How long the audit log is kept."""
 
     retention_days: int | None = Field(
         default=90,
         ge=1,
-        description="older files of the audit log are removed when a gateway starts and once a "
-        "day after; null keeps all",
+        description="older files of the audit log are removed when a gateway starts and once per "
+        "day after that; null keeps all",
     )
 
 
@@ -106,9 +109,10 @@ class Policy(Config):
     in_flight: int = Field(
         default=128,
         ge=1,
-        description="requests in one gateway replica; more are refused before the engine sees them",
+        description="the most requests at once in one gateway replica; more are refused before "
+        "they reach the engine",
     )
-    most_bytes: int = Field(default=1 << 20, ge=1024, description="of a request's body")
+    most_bytes: int = Field(default=1 << 20, ge=1024, description="the largest body of a request")
     timeout_s: float = Field(
-        default=120.0, gt=0, description="from a request's arrival to its last token"
+        default=120.0, gt=0, description="from the admission of a request to its last token"
     )

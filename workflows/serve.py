@@ -1,4 +1,4 @@
-"""Serve a defended teacher: start Ray and Serve, say what is served, and end without a cut.
+"""Serve a defended teacher: start Ray and Serve, report the address, and stop gracefully.
 
     azeotrope keys create alice
     azeotrope serve runs/pocket_demo
@@ -8,7 +8,7 @@
     azeotrope serve runs/pocket_demo --write serve.yaml
     serve deploy serve.yaml
 
-What is served, and how, is in `experiment/deployment.py`.
+The settings of an endpoint and its application are in `experiment/deployment.py`.
 """
 
 import contextlib
@@ -66,12 +66,16 @@ def main(
     write: str | None = None,
     redis: str | None = None,
 ) -> None:
-    """Serve until somebody interrupts it.
+    """Serve until SIGINT or SIGTERM.
 
     Args:
         policy: a YAML file of rules.
-        write: a file to write for `serve deploy`, in place of serving.
-        redis: where keys and quotas are, unless an override says otherwise.
+        write: write this file for `serve deploy` instead of serving.
+        redis: the address of a Redis with keys and quotas; an override takes precedence.
+
+    Raises:
+        ConfigError: if the settings do not fit, or the endpoint cannot be started.
+        StoreError: if the stores cannot be opened.
     """
     console = Console()
     data: dict[str, Any] = {"source": source}
@@ -81,13 +85,13 @@ def main(
         data["redis"] = redis
     config = build_config(ServeConfig, data, overrides)
     if write is not None:
-        # Checked like the other, but the stores are those of the machine that will serve.
+        # The same checks as below, but without the stores: those are on the machine that serves.
         application(config)
         _write(config, Path(write), console)
         return
     app = build(config)
     check_network(config)
-    # Numbers of processes that are gone would be counted again.
+    # Files of earlier processes would be added to the metrics of this one.
     shutil.rmtree(metrics_folder(config), ignore_errors=True)
     started = time.perf_counter()
     with _step(console, "starting Ray"):
@@ -97,150 +101,46 @@ def main(
         with _step(console, "starting Serve"):
             _start_serve(config)
         with _step(console, "loading the model"):
-            _run(app)
+            _deploy(app)
             _wait_until_ready(config)
         stopped = _interrupts()
         point = find_point(config.source, config.defense)
         _announce(console, config, point, time.perf_counter() - started)
         stopped.wait()
-        console.print("stopping: answers that were begun are finished")
+        console.print("stopping: answers that have begun are finished first")
     finally:
         _drain(config.policy.timeout_s + DRAIN_S)
         session.stop()
 
 
-@contextlib.contextmanager
-def _step(console: Console, what: str) -> Iterator[None]:
-    """Show what is being waited for and how long already; leave a line that says how long."""
-    started = time.perf_counter()
-    columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
-    hidden = not console.is_terminal
-    with Progress(*columns, console=console, transient=True, disable=hidden) as progress:
-        progress.add_task(what, total=None)
-        yield
-    console.print(f"{what}: {time.perf_counter() - started:.1f} s")
-
-
-def _interrupts() -> threading.Event:
-    """Set by the first SIGINT or SIGTERM; a second SIGINT cuts off what is not finished.
-
-    Only for the time after the start: Ray puts handlers of its own in the place of earlier ones,
-    and until then those do what is wanted, which is to give up.
-    """
-    stopped = threading.Event()
-
-    def stop(_: int, __: FrameType | None) -> None:
-        stopped.set()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
-    return stopped
-
-
-def _start_serve(config: ServeConfig) -> None:
-    # It would say once more, in its own way, what is on the console already.
-    logging.getLogger("ray.serve").setLevel(logging.ERROR)
-    serve.start(
-        http_options=HTTPOptions(host=config.host, port=config.port),
-        logging_config=LOGGING,
-    )
-
-
-def _run(app: serve.Application) -> None:
-    try:
-        serve.run(app, name=APP, route_prefix="/")
-    except RuntimeError as error:
-        # Serve keeps the replica's own error in its status.
-        known = serve.status().applications.get(APP)
-        deployments = known.deployments.values() if known else ()
-        said = [item.message.strip() for item in deployments if item.message.strip()]
-        last = said[0].splitlines()[-1] if said else str(error)
-        raise ConfigError(f"the application does not start: {last}") from error
-
-
-def _wait_until_ready(config: ServeConfig) -> None:
-    host = config.host if config.host not in {"0.0.0.0", "::"} else "127.0.0.1"
-    address = f"[{host}]" if ":" in host else host
-    url = f"http://{address}:{config.port}/readyz"
-    until = time.monotonic() + READY_TIMEOUT_S
-    while time.monotonic() < until:
-        try:
-            if httpx.get(url, timeout=5, trust_env=False).is_success:
-                return
-        except httpx.TransportError:
-            pass
-        time.sleep(POLL_S)
-    raise ConfigError(
-        f"the endpoint was not ready after {READY_TIMEOUT_S:.0f} s; see the logs under "
-        "/tmp/ray/session_latest/logs/serve"
-    )
-
-
-def _announce(console: Console, config: ServeConfig, point: Point, seconds: float) -> None:
-    url = f"http://{config.host}:{config.port}"
-    what = "an undefended checkpoint" if point.defense == "none" else point.defense
-    console.print(
-        f"[bold]{config.called}[/bold] ({what}) is served at {url}/v1 after {seconds:.0f} s",
-        soft_wrap=True,
-    )
-    keys = open_keys(config.stores, must_exist=True).list()
-    if not keys:
-        # Without the address itself: there may be a password in it.
-        where = " --redis URL" if config.redis else ""
-        console.print(
-            f"there is no key yet; in another terminal: azeotrope keys create NAME{where}"
-        )
-    for key in unserved(keys, config.policy):
-        console.print(
-            f"key {key.id} is refused: the policy has no tier {key.tier!r}",
-            style="yellow",
-            markup=False,
-            soft_wrap=True,
-        )
-    if config.demo:
-        console.print(f"[bold red]DEMO: {url}/ shows the undefended teacher[/bold red]")
-    if not is_loopback(config.host):
-        console.print("bound to a public address: put TLS in front of it, see docs/serving.md")
-
-
-def unserved(keys: Sequence[KeyRecord], policy: Policy) -> list[KeyRecord]:
-    """Active keys of a tier that the policy does not have: gateways refuse them."""
-    now = time.time()
-    return [key for key in keys if key.is_active(now) and key.tier not in policy.tiers]
-
-
-def _drain(within_s: float) -> None:
-    """Take no more requests and let replicas finish what was begun.
-
-    Serve's own shutdown would cut that off, for it ends its proxies first.
-    """
-    with contextlib.suppress(RayServeException, RayError):
-        serve.delete(APP, _blocking=False)
-        until = time.monotonic() + within_s
-        while APP in serve.status().applications and time.monotonic() < until:
-            time.sleep(POLL_S)
-        # A Ray of one's own takes Serve with it; in a cluster others may serve too.
-        if os.environ.get("RAY_ADDRESS") and not serve.status().applications:
-            serve.shutdown()
+def _write(config: ServeConfig, path: Path, console: Console) -> None:
+    # The file may be deployed from another working directory and by another user, so paths are
+    # absolute.
+    paths = {"store": str(config.folder)}
+    if Path(config.source).exists():
+        paths["source"] = str(Path(config.source).resolve())
+    file = deploy_file(config.model_copy(update=paths))
+    path.write_text(yaml.safe_dump(file, sort_keys=False))
+    console.print(f"wrote {path}; start it with: serve deploy {path}", soft_wrap=True)
 
 
 def check_network(config: ServeConfig) -> None:
-    """Whether the port can be had, on the address that is meant and no other.
+    """Check that the endpoint can listen on its address, and on this address only.
 
     Raises:
-        ConfigError: if not.
+        ConfigError: if the port is taken, if the address does not belong to this machine, or if
+            Serve's HAProxy mode would ignore a loopback `host`.
     """
     if os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1" and is_loopback(config.host):
         raise ConfigError(
             "RAY_SERVE_ENABLE_HA_PROXY=1 binds to every address whatever `host` says; unset it, "
-            "or set host to what you mean"
+            "or set host to a public address"
         )
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-    with socket.socket(family) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    with socket.socket(family) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((config.host, config.port))
+            listener.bind((config.host, config.port))
         except OSError as error:
             raise ConfigError(
                 f"cannot listen on {config.host}:{config.port}: {error.strerror}; "
@@ -254,10 +154,12 @@ def _check_dashboard() -> None:
 
 
 def check_dashboard(url: str) -> None:
-    """Whoever reaches an open dashboard runs any code here, the undefended teacher included.
+    """Refuse an open dashboard of Ray.
+
+    Everyone who reaches it can run code on this machine, and so read the undefended teacher.
 
     Raises:
-        ConfigError: if it listens publicly and asks for no token.
+        ConfigError: if the dashboard listens on a public address and requires no token.
     """
     host = url.rpartition(":")[0].strip("[]")
     if host and not is_loopback(host) and os.environ.get("RAY_AUTH_MODE") != "token":
@@ -267,11 +169,124 @@ def check_dashboard(url: str) -> None:
         )
 
 
-def _write(config: ServeConfig, path: Path, console: Console) -> None:
-    # Whoever deploys it has another working directory, and perhaps another home.
-    places = {"store": str(config.folder)}
-    if Path(config.source).exists():
-        places["source"] = str(Path(config.source).resolve())
-    file = deploy_file(config.model_copy(update=places))
-    path.write_text(yaml.safe_dump(file, sort_keys=False))
-    console.print(f"wrote {path}; start it with: serve deploy {path}", soft_wrap=True)
+@contextlib.contextmanager
+def _step(console: Console, name: str) -> Iterator[None]:
+    """Show a step with its time while it runs, and leave one line with the time it took."""
+    started = time.perf_counter()
+    columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
+    hidden = not console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=hidden) as progress:
+        progress.add_task(name, total=None)
+        yield
+    console.print(f"{name}: {time.perf_counter() - started:.1f} s")
+
+
+def _start_serve(config: ServeConfig) -> None:
+    # Serve's own messages would repeat the steps that are on the console already.
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    serve.start(
+        http_options=HTTPOptions(host=config.host, port=config.port),
+        logging_config=LOGGING,
+    )
+
+
+def _deploy(app: serve.Application) -> None:
+    try:
+        serve.run(app, name=APP, route_prefix="/")
+    except RuntimeError as error:
+        # Serve's exception is general. The replica's own error is the last line in its status.
+        status = serve.status().applications.get(APP)
+        deployments = status.deployments.values() if status else ()
+        messages = [text for deployment in deployments if (text := deployment.message.strip())]
+        reason = messages[0].splitlines()[-1] if messages else str(error)
+        raise ConfigError(f"the application does not start: {reason}") from error
+
+
+def _wait_until_ready(config: ServeConfig) -> None:
+    # An address that means "all interfaces" cannot be connected to on every system.
+    host = config.host if config.host not in {"0.0.0.0", "::"} else "127.0.0.1"
+    address = f"[{host}]" if ":" in host else host
+    url = f"http://{address}:{config.port}/readyz"
+    until = time.monotonic() + READY_TIMEOUT_S
+    while time.monotonic() < until:
+        try:
+            # A proxy of the environment would not reach this machine's loopback interface.
+            if httpx.get(url, timeout=5, trust_env=False).is_success:
+                return
+        except httpx.TransportError:
+            pass
+        time.sleep(POLL_S)
+    raise ConfigError(
+        f"the endpoint was not ready after {READY_TIMEOUT_S:.0f} s; see the logs under "
+        "/tmp/ray/session_latest/logs/serve"
+    )
+
+
+def _interrupts() -> threading.Event:
+    """An event that the first SIGINT or SIGTERM sets; a second SIGINT ends the process at once.
+
+    This must be called after the start: Ray replaces earlier handlers by its own. During the start
+    Ray's handlers are right, because they give up.
+    """
+    stopped = threading.Event()
+
+    def stop(_: int, __: FrameType | None) -> None:
+        stopped.set()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+    return stopped
+
+
+def _announce(console: Console, config: ServeConfig, point: Point, seconds: float) -> None:
+    url = f"http://{config.host}:{config.port}"
+    defense = "an undefended checkpoint" if point.defense == "none" else point.defense
+    console.print(
+        f"[bold]{config.called}[/bold] ({defense}) is served at {url}/v1 after {seconds:.0f} s",
+        soft_wrap=True,
+    )
+    keys = open_keys(config.stores, must_exist=True).list()
+    if not keys:
+        # The address is not repeated, because it may contain a password.
+        option = " --redis URL" if config.redis else ""
+        console.print(
+            "there is no key yet; create one in another terminal: "
+            f"azeotrope keys create NAME{option}",
+            soft_wrap=True,
+        )
+    for key in unserved(keys, config.policy):
+        console.print(
+            f"key {key.id} is refused: the policy has no tier {key.tier!r}",
+            style="yellow",
+            markup=False,
+            soft_wrap=True,
+        )
+    if config.demo:
+        console.print(f"[bold red]DEMO: {url}/ shows the undefended teacher[/bold red]")
+    if not is_loopback(config.host):
+        console.print(
+            "this address is public: put a proxy with TLS in front of it, see docs/serving.md"
+        )
+
+
+def unserved(keys: Sequence[KeyRecord], policy: Policy) -> list[KeyRecord]:
+    """Active keys whose tier is not in the policy; gateways refuse them."""
+    now = time.time()
+    return [key for key in keys if key.is_active(now) and key.tier not in policy.tiers]
+
+
+def _drain(within_s: float) -> None:
+    """Accept no more requests and let replicas finish the answers that have begun.
+
+    Serve's own shutdown would cut these off, because it ends its proxies first.
+    """
+    with contextlib.suppress(RayServeException, RayError):
+        serve.delete(APP, _blocking=False)
+        until = time.monotonic() + within_s
+        while APP in serve.status().applications and time.monotonic() < until:
+            time.sleep(POLL_S)
+        # A local Ray ends together with Serve. In a cluster Serve is ended here, unless other
+        # applications still use it.
+        if os.environ.get("RAY_ADDRESS") and not serve.status().applications:
+            serve.shutdown()

@@ -1,1 +1,1 @@
-"""What a completion becomes before it leaves: hidden reasoning, stops, text."""
+"""From an engine's tokens to an answer: text, hidden reasoning, stop strings."""

@@ -1,1 +1,1 @@
-"""Requests that are known to leak, and what an endpoint answers to them."""
+"""Requests that leak on some servers, and the answers of an endpoint to them."""

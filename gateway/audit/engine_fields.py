@@ -1,4 +1,4 @@
-"""What becomes of each field and route of vLLM's own server: the list that was looked through."""
+"""The decision about each field and route of vLLM's own server, as a reviewed list."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -8,11 +8,14 @@ from pydantic import Field, model_validator
 
 from azeotrope.config import Config, load
 
-PLACE = Path(__file__).with_name("engine_fields.yaml")
+FILE = Path(__file__).with_name("engine_fields.yaml")
 
 
 class Rulings(Config):
-    """Of one class of requests, or of the routes; names that are not allowed stand by reason."""
+    """Decisions about one class of requests, or about the routes.
+
+    Names that clients may not use are grouped by the reason.
+    """
 
     allowed: tuple[str, ...]
     fixed: dict[str, tuple[str, ...]]
@@ -20,6 +23,7 @@ class Rulings(Config):
 
     @property
     def names(self) -> list[str]:
+        """Every name that the list decides about."""
         groups = [self.allowed, *self.fixed.values(), *self.refused.values()]
         return [name for group in groups for name in group]
 
@@ -27,12 +31,12 @@ class Rulings(Config):
     def _once(self) -> "Rulings":
         twice = sorted(name for name, count in Counter(self.names).items() if count > 1)
         if twice:
-            raise ValueError(f"one ruling for each name; more for {', '.join(twice)}")
+            raise ValueError(f"each name must have one ruling; several for {', '.join(twice)}")
         return self
 
 
 class EngineFields(Config):
-    """The whole list; the three classes have vLLM's names."""
+    """The whole list. The aliases are the names of vLLM's classes."""
 
     vllm: str
     chat: Rulings = Field(alias="ChatCompletionRequest")
@@ -42,30 +46,30 @@ class EngineFields(Config):
 
 
 def read() -> EngineFields:
-    """The list of this package.
+    """The list in this package.
 
     Raises:
-        ConfigError: if the file does not fit.
+        ConfigError: if the file does not have this form.
     """
-    return load(EngineFields, PLACE)
+    return load(EngineFields, FILE)
 
 
-def differences(kind: str, rulings: Rulings, found: Iterable[str]) -> list[str]:
-    """A sentence for each name that vLLM has and nobody ruled on, or the other way round.
+def differences(kind: str, rulings: Rulings, installed: Iterable[str]) -> list[str]:
+    """A sentence for each name that only vLLM has or only the list has.
 
     Args:
         kind: the section of the file.
-        found: names of the installed vLLM.
+        installed: names of the installed vLLM.
     """
-    there, ruled = set(found), set(rulings.names)
+    in_vllm, in_list = set(installed), set(rulings.names)
     new = [
-        f"{kind}: vLLM has {name!r}, and {PLACE.name} has no ruling; find out whether it shows or "
+        f"{kind}: vLLM has {name!r}, and {FILE.name} has no ruling; find out whether it reveals or "
         "steers the undefended model, then put it under allowed, fixed or refused"
-        for name in sorted(there - ruled)
+        for name in sorted(in_vllm - in_list)
     ]
     gone = [
-        f"{kind}: {PLACE.name} rules on {name!r}, which this vLLM does not have; take it out, and "
-        "see what came in its place"
-        for name in sorted(ruled - there)
+        f"{kind}: {FILE.name} rules on {name!r}, which this vLLM does not have; remove it, "
+        "and find out what replaces it"
+        for name in sorted(in_list - in_vllm)
     ]
     return new + gone

@@ -1,4 +1,7 @@
-"""Requests that are known to leak on some server, and what of the answer would be the leak."""
+"""Requests that are known to leak on some servers, and the check that finds the leak.
+
+A probe is an ordinary request with one addition, so that a refusal is about the addition.
+"""
 
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -8,30 +11,34 @@ from typing import Any
 CHAT, TEXT = "/chat/completions", "/completions"
 PROMPT = "joe has 2 eggs . he drops 1 . how many eggs does joe have ?"
 MOST_LOGPROBS = 5
+"""The most that any tier of this gateway shows. The token that was written may come in addition."""
 MOST_DECIMALS = 4
 
 
 @dataclass(frozen=True)
 class LeakProbe:
-    """One request, and what of its answer would be a leak."""
+    """One request, and the check of its answer."""
 
     name: str
     path: str
     body: Mapping[str, Any]
     leaks: Callable[[dict[str, Any]], str]
-    """What an accepted answer gives away; empty if nothing."""
+    """What an accepted answer reveals, in words; empty if it reveals nothing."""
 
 
 def messages() -> list[dict[str, Any]]:
+    """The conversation of all chat probes."""
     return [{"role": "user", "content": PROMPT}]
 
 
 def probes() -> Iterator[LeakProbe]:
+    """Every probe whose answer is not a stream."""
     chat, text = {"messages": messages()}, {"prompt": PROMPT}
     for value in (0, 1, -1):
         yield LeakProbe(
             f"prompt_logprobs={value}", CHAT, chat | {"prompt_logprobs": value}, _prompt
         )
+    # Log-probabilities of a prompt score any text that a client chooses, one request per text.
     yield LeakProbe("completions: prompt_logprobs", TEXT, text | {"prompt_logprobs": 1}, _prompt)
     yield LeakProbe("echo", TEXT, text | {"echo": True}, _echoes)
     yield LeakProbe("echo and logprobs", TEXT, text | {"echo": True, "logprobs": 1}, _echoes)
@@ -40,6 +47,7 @@ def probes() -> Iterator[LeakProbe]:
     ids = {"logprob_token_ids": list(range(64))}
     yield LeakProbe("logprob_token_ids", CHAT, chat | {"logprobs": True} | ids, _chosen)
     yield LeakProbe("completions: logprob_token_ids", TEXT, text | {"logprobs": 1} | ids, _chosen)
+    # A bias lifts any token into the visible ones, so that all logits can be read one by one.
     bias = {"logit_bias": {"5": 100, "6": 100}}
     yield LeakProbe("logit_bias and logprobs", CHAT, chat | numbers | bias, _has_numbers)
     yield LeakProbe("completions: the same", TEXT, text | {"logprobs": 5} | bias, _has_numbers)
@@ -52,6 +60,7 @@ def probes() -> Iterator[LeakProbe]:
     )
     yield LeakProbe("logprobs=20", TEXT, text | {"logprobs": 20}, _too_many)
     yield LeakProbe("precision", CHAT, chat | numbers, _too_exact)
+    # Many samples of one distribution measure it without any log-probabilities.
     yield LeakProbe("n=128", CHAT, chat | {"n": 128, "seed": 1, "max_tokens": 1}, _accepted)
     for field, value in SWITCHES.items():
         yield LeakProbe(f"chat: {field}", CHAT, chat | {field: value}, _accepted)
@@ -112,7 +121,7 @@ SWITCHES: dict[str, Any] = {
     "strength": 0,
     "licence": "distillation",
 }
-"""Fields that engines act on and clients have no business with, with a value that they take."""
+"""Fields that control an engine and that clients should not set, each with a valid value."""
 
 TEXT_SWITCHES: dict[str, Any] = {
     "best_of": 4,
@@ -169,7 +178,7 @@ ROUTES = tuple(
     )
 )
 
-STRANGERS = (
+INVALID_KEYS = (
     ("no key", {}),
     ("an empty key", {"authorization": "Bearer"}),
     ("another key", {"authorization": "Bearer az-" + "A" * 43}),
@@ -188,8 +197,8 @@ STREAMS = (
 )
 
 
-ACCEPTED = "a field that clients have no business with was accepted"
-"""Whether it acted cannot be seen from outside."""
+ACCEPTED = "a field that clients should not set was accepted"
+"""Whether it had an effect cannot be seen from outside."""
 
 
 def _accepted(_: dict[str, Any]) -> str:
@@ -201,12 +210,12 @@ def _chosen(answer: dict[str, Any]) -> str:
 
 
 def _prompt(answer: dict[str, Any]) -> str:
-    found = [value for key, value in _items(answer) if key == "prompt_logprobs" and value]
-    return "log-probabilities of the prompt" if found else ""
+    values = [value for key, value in _fields(answer) if key == "prompt_logprobs" and value]
+    return "log-probabilities of the prompt" if values else ""
 
 
 def _echoes(answer: dict[str, Any]) -> str:
-    texts = [str(value) for key, value in _items(answer) if key == "text"]
+    texts = [str(value) for key, value in _fields(answer) if key == "text"]
     return "the prompt is echoed" if any(PROMPT[:12] in text for text in texts) else ""
 
 
@@ -215,16 +224,16 @@ def _has_numbers(answer: dict[str, Any]) -> str:
 
 
 def _too_many(answer: dict[str, Any]) -> str:
-    lists = [value for key, value in _items(answer) if key == "top_logprobs" and value]
+    lists = [value for key, value in _fields(answer) if key == "top_logprobs" and value]
     widths = [
-        len(item) if isinstance(item, dict) else 0
+        len(mapping) if isinstance(mapping, dict) else 0
         for value in lists
-        for item in (value if isinstance(value, list) else [])
+        for mapping in (value if isinstance(value, list) else [])
     ]
-    # Chat answers have a list for each token, completions a mapping for each.
+    # Chat answers have one list per token, completions have one mapping per token.
     chat = [len(value) for value in lists if isinstance(value, list) and "token" in str(value[0])]
     most = max([*widths, *chat], default=0)
-    return f"{most} log-probabilities a token" if most > MOST_LOGPROBS + 1 else ""
+    return f"{most} log-probabilities per token" if most > MOST_LOGPROBS + 1 else ""
 
 
 def _too_exact(answer: dict[str, Any]) -> str:
@@ -237,20 +246,20 @@ def _too_exact(answer: dict[str, Any]) -> str:
 
 
 def _numbers(answer: dict[str, Any]) -> list[float]:
-    found: list[float] = []
-    for key, value in _items(answer):
+    numbers: list[float] = []
+    for key, value in _fields(answer):
         if key == "logprob" and isinstance(value, int | float):
-            found.append(float(value))
+            numbers.append(float(value))
         if key == "token_logprobs" and isinstance(value, list):
-            found += [float(item) for item in value if item is not None]
+            numbers += [float(number) for number in value if number is not None]
         if key == "top_logprobs" and isinstance(value, list):
-            found += [
+            numbers += [
                 float(number)
-                for item in value
-                if isinstance(item, dict) and "token" not in item
-                for number in item.values()
+                for mapping in value
+                if isinstance(mapping, dict) and "token" not in mapping
+                for number in mapping.values()
             ]
-    return found
+    return numbers
 
 
 UNWANTED = (
@@ -263,20 +272,21 @@ UNWANTED = (
     "hidden_states",
     "routed_experts",
 )
-"""Fields of engines' answers that no client needs; a value in one of them is a leak."""
+"""Fields of engines' answers that clients do not need; a value in one of them is a leak."""
 
 
 def unwanted(answer: dict[str, Any]) -> str:
-    found = sorted({key for key, value in _items(answer) if key in UNWANTED and value is not None})
-    return f"fields {', '.join(found)}" if found else ""
+    """The fields of an answer that reveal an engine's internals, in words; empty if none."""
+    names = sorted({key for key, value in _fields(answer) if key in UNWANTED and value is not None})
+    return f"fields {', '.join(names)}" if names else ""
 
 
-def _items(value: Any) -> Iterator[tuple[str, Any]]:
+def _fields(value: Any) -> Iterator[tuple[str, Any]]:
     """Every key with its value, at any depth."""
     if isinstance(value, dict):
         for key, inner in value.items():
             yield key, inner
-            yield from _items(inner)
+            yield from _fields(inner)
     elif isinstance(value, list):
         for inner in value:
-            yield from _items(inner)
+            yield from _fields(inner)

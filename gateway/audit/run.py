@@ -1,18 +1,21 @@
-"""Ask an endpoint everything that is known to leak, from outside, and judge what comes back.
+"""Send every known leaking request to an endpoint, from outside, and judge the answers.
 
-Nothing is assumed of the server: a gateway of this project, a bare engine, somebody else's proxy.
-A probe is *held* if it was refused, or answered as if the leaking part were not there; it *leaks*
-if the answer shows more than text and a few rounded numbers, or if an engine's route is there. A
-switch of the engine that was *accepted* may or may not act; a gateway should have refused it. About
-a probe that was not answered, for load or for another fault, nothing is known: it is *unclear*.
-Each probe costs one short completion at most.
+The audit assumes nothing about the server: it may be a gateway of this project, a bare engine or
+another proxy. The outcome of a probe is one of four:
 
-A refusal says something only if the same request without the leaking part is answered. So an
-ordinary request comes first on each of the two routes, and probes are that request and one thing
-more. Where a key may not use a route its probes are not sent, and are unclear.
+- *held*: the probe was refused, or answered as if the leaking part were absent.
+- *leaked*: the answer has more than text and a few rounded numbers, or an engine's route exists.
+- *accepted*: a field that controls the engine was accepted. Its effect cannot be seen from outside,
+  but a gateway should have refused it.
+- *unclear*: the probe was not answered, because of load or of another error, so nothing is known.
 
-What is probed was measured on engines, or published: Carlini et al. 2024, arXiv:2403.06634, and
-Finlayson et al. 2024, arXiv:2403.09539, read a model's output space off logit biases.
+A refusal means something only if the same request without the leaking part is answered. So the
+audit first finds an ordinary request for each of the two routes, and each probe is that request
+with one addition. If the key may not use a route, its probes are not sent and are unclear. Each
+probe costs one short completion at most.
+
+The probes were measured on engines or published. Carlini et al. 2024, arXiv:2403.06634, and
+Finlayson et al. 2024, arXiv:2403.09539, recover a model's output space from logit biases.
 """
 
 import json
@@ -26,9 +29,9 @@ import httpx
 from gateway.audit.probes import (
     ACCEPTED,
     CHAT,
+    INVALID_KEYS,
     PROMPT,
     ROUTES,
-    STRANGERS,
     STREAMS,
     TEXT,
     LeakProbe,
@@ -40,21 +43,21 @@ from gateway.audit.probes import (
 REFUSED = {400, 401, 403, 404, 405, 422, 501}
 MISSING = {404, 405}
 BUSY = {429, 503}
-SILENT = {429, 502, 503, 504}
-"""Statuses that say nothing about what was asked."""
+UNINFORMATIVE = {429, 502, 503, 504}
+"""Statuses that do not depend on the content of the request."""
 TRIES = 4
 MOST_WAIT_S = 60.0
-"""Quotas are by the minute; a server that wants a longer wait is not waited for."""
+"""Quotas are per minute, so a longer wait would not help."""
 PATIENCE_S = 600.0
-"""Waits of one audit together."""
+"""The most that one audit waits, for all probes together."""
 TEMPERATURES = (0, 1, None)
-"""Tried in turn, for some servers allow no temperature of 0; None leaves it to the server."""
+"""Tried in turn, because some servers reject 0; None leaves the temperature to the server."""
 Outcome = Literal["held", "accepted", "leaked", "unclear"]
 
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """What one probe found."""
+    """The outcome of one probe."""
 
     probe: str
     outcome: Outcome
@@ -62,36 +65,36 @@ class ProbeResult:
 
 
 @dataclass
-class Asker:
-    """Sends requests, and waits where a busy server says for how long."""
+class PatientClient:
+    """Sends requests, and repeats them after the wait that a busy server asks for."""
 
     client: httpx.Client
     key: str
     sleep: Callable[[float], None]
     patience_s: float = field(default=PATIENCE_S, init=False)
 
-    def ask(
+    def send(
         self, method: str, url: str, body: Any = None, headers: Mapping[str, str] | None = None
     ) -> httpx.Response:
-        """The answer, or the last of a few refusals for load.
+        """The answer, or the last of several refusals for load.
 
         Args:
-            headers: None sends the key.
+            headers: instead of the header with the key.
         """
-        sent = {"authorization": f"Bearer {self.key}"} if headers is None else dict(headers)
-        answer = self.client.request(method, url, json=body, headers=sent)
+        sent_headers = {"authorization": f"Bearer {self.key}"} if headers is None else dict(headers)
+        answer = self.client.request(method, url, json=body, headers=sent_headers)
         for _ in range(TRIES - 1):
             wait = _retry_after(answer)
             if wait is None or wait > min(MOST_WAIT_S, self.patience_s):
                 break
             self.patience_s -= wait
             self.sleep(wait)
-            answer = self.client.request(method, url, json=body, headers=sent)
+            answer = self.client.request(method, url, json=body, headers=sent_headers)
         return answer
 
 
 def _retry_after(answer: httpx.Response) -> float | None:
-    """Seconds that a busy server asks for; None if it is not busy, or says no number."""
+    """The wait in seconds that a busy server asks for; None without a number or if not busy."""
     if answer.status_code not in BUSY:
         return None
     try:
@@ -113,105 +116,119 @@ def audit(
     """Run every probe against an OpenAI-compatible endpoint.
 
     Args:
-        url: up to and with `/v1`.
-        model: the name to ask for; None takes the first that the endpoint lists.
-        sleep: waits so many seconds before a busy server is asked again.
+        url: including `/v1`.
+        model: the model to request; None takes the first that the endpoint lists.
+        on_done: called with the number of probes that were just finished.
+        sleep: waits a number of seconds before a busy server gets the request again.
 
     Raises:
-        ValueError: if the endpoint does not answer an ordinary request on any of the two routes,
-            for then nothing can be said about it.
+        ValueError: if the endpoint lists no model, or answers an ordinary request on neither of
+            the two routes, so that a refusal would prove nothing.
+        httpx.HTTPError: if the endpoint cannot be reached.
     """
     base = url.rstrip("/")
     own = client is None
     client = client or httpx.Client(timeout=60)
     try:
-        asker = Asker(client, key, sleep)
-        name = model or _first_model(asker, base)
-        found: list[ProbeResult] = []
-        for finding in _run(asker, base, name):
-            found.append(finding)
+        patient = PatientClient(client, key, sleep)
+        name = model or _first_model(patient, base)
+        results: list[ProbeResult] = []
+        for result in _run(patient, base, name):
+            results.append(result)
             on_done(1)
-        return found
+        return results
     finally:
         if own:
             client.close()
 
 
 def count() -> int:
-    """How many probes there are."""
-    return len(list(probes())) + len(ROUTES) + len(STRANGERS) + len(STREAMS)
+    """The number of probes of an audit."""
+    return len(list(probes())) + len(ROUTES) + len(INVALID_KEYS) + len(STREAMS)
 
 
 @dataclass(frozen=True)
-class Way:
-    """One of the two routes: what an ordinary request is there, or why there is none."""
+class OrdinaryRequest:
+    """A request to one of the two routes that is answered, or the reason why there is none."""
 
     body: dict[str, Any] | None
-    """Without the words, which are the probe's."""
+    """Without the prompt, which the probes add."""
     outcome: Outcome = "unclear"
-    """Of all its probes, if there is no ordinary request."""
-    why: str = ""
+    """The outcome of all probes of this route if there is no ordinary request."""
+    reason: str = ""
 
 
-def _run(asker: Asker, base: str, model: str) -> Iterator[ProbeResult]:
-    ways = {path: _way(asker, base + path, model, path) for path in (CHAT, TEXT)}
-    if not any(way.body for way in ways.values()):
-        raise ValueError(f"{ways[CHAT].why}; nothing can be said about requests that are not")
-    for judge, asked in ((_judge, probes()), (_judge_stream, STREAMS)):
-        for probe in asked:
-            way = ways[probe.path]
-            if way.body is None:
-                yield ProbeResult(probe.name, way.outcome, way.why)
+def _run(client: PatientClient, base: str, model: str) -> Iterator[ProbeResult]:
+    ordinary = {path: _ordinary_request(client, base + path, model, path) for path in (CHAT, TEXT)}
+    if not any(request.body for request in ordinary.values()):
+        raise ValueError(
+            f"{ordinary[CHAT].reason}; so refusals of other requests would prove nothing"
+        )
+    for judge, group in ((_judge, probes()), (_judge_stream, STREAMS)):
+        for probe in group:
+            request = ordinary[probe.path]
+            if request.body is None:
+                yield ProbeResult(probe.name, request.outcome, request.reason)
             else:
-                answer = asker.ask("POST", base + probe.path, {**way.body, **probe.body})
-                yield _if_served(asker, base, way, probe, judge(probe, answer), answer)
+                answer = client.send("POST", base + probe.path, {**request.body, **probe.body})
+                result = judge(probe, answer)
+                yield _unless_locked_out(client, base, request, probe, result, answer)
     root = base.removesuffix("/v1")
     for method, route in ROUTES:
-        yield _judge_route(asker, root, method, route)
-    for name, headers in STRANGERS:
+        yield _judge_route(client, root, method, route)
+    for name, headers in INVALID_KEYS:
         body = {"model": model, "messages": messages(), "max_tokens": 1}
-        answer = asker.ask("POST", base + CHAT, body, headers)
-        yield _judge_door(name, answer, {401, 403})
+        answer = client.send("POST", base + CHAT, body, headers)
+        yield _judge_access(name, answer, {401, 403})
 
 
-def _if_served(
-    asker: Asker, base: str, way: Way, probe: LeakProbe, found: ProbeResult, answer: httpx.Response
+def _unless_locked_out(
+    client: PatientClient,
+    base: str,
+    request: OrdinaryRequest,
+    probe: LeakProbe,
+    result: ProbeResult,
+    answer: httpx.Response,
 ) -> ProbeResult:
-    """What was found, unless the key itself was shut out in the middle of the audit."""
-    if answer.status_code not in {401, 403} or way.body is None:
-        return found
-    again = asker.ask("POST", base + probe.path, {**way.body, **_words(probe.path)})
+    """The result, unless the key itself was locked out during the audit.
+
+    A server may suspend a key because of the probes. All later refusals would then look like
+    probes that held.
+    """
+    if answer.status_code not in {401, 403} or request.body is None:
+        return result
+    again = client.send("POST", base + probe.path, {**request.body, **_prompt(probe.path)})
     if again.status_code == 200:
-        return found
-    seen = f"the key gets no ordinary answer any more: status {again.status_code}"
+        return result
+    seen = f"the key no longer gets an ordinary answer: status {again.status_code}"
     return ProbeResult(probe.name, "unclear", seen)
 
 
-def _words(path: str) -> dict[str, Any]:
+def _prompt(path: str) -> dict[str, Any]:
     return {"messages": messages()} if path == CHAT else {"prompt": PROMPT}
 
 
-def _way(asker: Asker, url: str, model: str, path: str) -> Way:
+def _ordinary_request(client: PatientClient, url: str, model: str, path: str) -> OrdinaryRequest:
     """Find an ordinary request that is answered."""
     first: httpx.Response | None = None
     for temperature in TEMPERATURES:
         body: dict[str, Any] = {"model": model, "max_tokens": 4}
         if temperature is not None:
             body["temperature"] = temperature
-        answer = asker.ask("POST", url, {**body, **_words(path)})
+        answer = client.send("POST", url, {**body, **_prompt(path)})
         if answer.status_code == 200:
-            return Way(body)
+            return OrdinaryRequest(body)
         first = first or answer
         if answer.status_code not in {400, 422}:
             # Another temperature would not help.
             break
     assert first is not None
-    why = (
+    reason = (
         f"an ordinary request to {path} is answered with {first.status_code}: "
         f"{' '.join(first.text[:200].split())}"
     )
-    # What is not there leaks nothing.
-    return Way(None, "held" if first.status_code in MISSING else "unclear", why)
+    # A route that does not exist leaks nothing.
+    return OrdinaryRequest(None, "held" if first.status_code in MISSING else "unclear", reason)
 
 
 def _judge(probe: LeakProbe, answer: httpx.Response) -> ProbeResult:
@@ -223,7 +240,7 @@ def _judge(probe: LeakProbe, answer: httpx.Response) -> ProbeResult:
         return _judge_stream(probe, answer)
     data = answer.json()
     seen = probe.leaks(data)
-    # A field that shows something says more than that a switch was taken.
+    # A field that reveals something is a worse result than a switch that was accepted.
     if not seen or seen == ACCEPTED:
         seen = unwanted(data) or seen
     if seen == ACCEPTED:
@@ -244,10 +261,10 @@ def _judge_stream(probe: LeakProbe, answer: httpx.Response) -> ProbeResult:
             continue
         event = json.loads(line.removeprefix("data: "))
         completed = completed or bool(event.get("choices"))
-        # A leak may come after events that show none.
-        shown = [seen for seen in (probe.leaks(event), unwanted(event)) if seen]
-        accepted = accepted or ACCEPTED in shown
-        leaks = [seen for seen in shown if seen != ACCEPTED]
+        # A leak may come after events without one, so all events are read.
+        reports = [seen for seen in (probe.leaks(event), unwanted(event)) if seen]
+        accepted = accepted or ACCEPTED in reports
+        leaks = [seen for seen in reports if seen != ACCEPTED]
         if leaks:
             return ProbeResult(probe.name, "leaked", leaks[0])
     if accepted:
@@ -257,27 +274,27 @@ def _judge_stream(probe: LeakProbe, answer: httpx.Response) -> ProbeResult:
     return ProbeResult(probe.name, "held", "nothing but text")
 
 
-def _judge_route(asker: Asker, root: str, method: str, route: str) -> ProbeResult:
-    answer = asker.ask(method, root + route, {} if method == "POST" else None)
-    # A route that finds fault with an empty body is there.
-    return _judge_door(f"{method} {route}", answer, {401, 403, 404, 405})
+def _judge_route(client: PatientClient, root: str, method: str, route: str) -> ProbeResult:
+    answer = client.send(method, root + route, {} if method == "POST" else None)
+    # A route that complains about an empty body exists, so 400 and 422 are leaks.
+    return _judge_access(f"{method} {route}", answer, {401, 403, 404, 405})
 
 
-def _judge_door(name: str, answer: httpx.Response, shut: set[int]) -> ProbeResult:
+def _judge_access(name: str, answer: httpx.Response, denied: set[int]) -> ProbeResult:
     seen = f"status {answer.status_code}"
-    if answer.status_code in SILENT:
+    if answer.status_code in UNINFORMATIVE:
         return ProbeResult(name, "unclear", seen)
-    return ProbeResult(name, "held" if answer.status_code in shut else "leaked", seen)
+    return ProbeResult(name, "held" if answer.status_code in denied else "leaked", seen)
 
 
-def _first_model(asker: Asker, base: str) -> str:
-    answer = asker.ask("GET", f"{base}/models")
+def _first_model(client: PatientClient, base: str) -> str:
+    answer = client.send("GET", f"{base}/models")
     if answer.status_code != 200:
         raise ValueError(
-            f"{base}/models answers with {answer.status_code}; is that the address of an "
-            "OpenAI-compatible endpoint, with /v1, and the key one of its keys?"
+            f"{base}/models answers with {answer.status_code}; give the address of an "
+            "OpenAI-compatible endpoint, with /v1, and one of its keys"
         )
-    names = [item["id"] for item in answer.json().get("data", [])]
+    names = [model["id"] for model in answer.json().get("data", [])]
     if not names:
         raise ValueError(f"{base}/models lists no model for this key; name one")
     return names[0]

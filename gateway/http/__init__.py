@@ -1,1 +1,1 @@
-"""HTTP: requests in, responses out."""
+"""The HTTP side of the gateway: requests, answers and the page."""

@@ -1,4 +1,4 @@
-"""What an audit says about answers as engines give them, written by hand."""
+"""The outcomes of an audit for answers in the form of real engines, written by hand."""
 
 import json
 from collections.abc import Callable
@@ -21,13 +21,13 @@ def chat(logprobs: Any = None, **more: Any) -> dict[str, Any]:
     return {"id": "a", "object": "chat.completion", "choices": [choice], **more}
 
 
-def text(said: str = "he has 1 .", logprobs: Any = None) -> dict[str, Any]:
-    choice = {"index": 0, "text": said, "logprobs": logprobs, "finish_reason": "stop"}
+def text(words: str = "he has 1 .", logprobs: Any = None) -> dict[str, Any]:
+    choice = {"index": 0, "text": words, "logprobs": logprobs, "finish_reason": "stop"}
     return {"id": "a", "object": "text_completion", "choices": [choice]}
 
 
-def shown(value: float, width: int) -> dict[str, Any]:
-    top = [{"token": f"t{place}", "bytes": None, "logprob": value} for place in range(width)]
+def logprobs_of(value: float, width: int) -> dict[str, Any]:
+    top = [{"token": f"t{rank}", "bytes": None, "logprob": value} for rank in range(width)]
     return {"content": [{"token": "t0", "bytes": None, "logprob": value, "top_logprobs": top}]}
 
 
@@ -37,11 +37,11 @@ def is_ordinary(body: dict[str, Any]) -> bool:
 
 
 class Server:
-    """Refuses what it has no answer for, and answers ordinary requests."""
+    """Answers ordinary requests and those with a prepared answer; refuses all others."""
 
     def __init__(self, *answers: tuple[dict[str, Any], Any]) -> None:
         self.answers = answers
-        """(what the body must hold, the answer: JSON, text of events, or a status)."""
+        """Pairs: fields that the body must have, and the answer (JSON, events or a status)."""
 
     def __call__(self, request: httpx.Request) -> httpx.Response:
         if request.url.path == "/v1/models":
@@ -49,8 +49,8 @@ class Server:
         if request.headers.get("authorization") != "Bearer k":
             return httpx.Response(401)
         body = json.loads(request.content or b"{}")
-        for wanted, answer in self.answers:
-            if wanted.items() <= body.items():
+        for fields, answer in self.answers:
+            if fields.items() <= body.items():
                 return self._answer(answer)
         if is_ordinary(body):
             is_chat = request.url.path == "/v1/chat/completions"
@@ -68,17 +68,17 @@ class Server:
 Handler = Callable[[httpx.Request], httpx.Response]
 
 
-def asked(
+def audit_of(
     server: Handler, sleep: Callable[[float], None] = lambda _: None
 ) -> dict[str, ProbeResult]:
     with httpx.Client(transport=httpx.MockTransport(server)) as client:
         listed = audit("http://here/v1", "k", client=client, sleep=sleep)
     assert len(listed) == count()
-    return {item.probe: item for item in listed}
+    return {result.probe: result for result in listed}
 
 
-def found(*answers: tuple[dict[str, Any], Any]) -> dict[str, ProbeResult]:
-    return asked(Server(*answers))
+def results_of(*answers: tuple[dict[str, Any], Any]) -> dict[str, ProbeResult]:
+    return audit_of(Server(*answers))
 
 
 def body_of(request: httpx.Request) -> dict[str, Any]:
@@ -90,11 +90,11 @@ def events(*parts: dict[str, Any]) -> str:
 
 
 def test_a_server_that_refuses_everything_holds() -> None:
-    assert {item.outcome for item in found().values()} == {"held"}
+    assert {result.outcome for result in results_of().values()} == {"held"}
 
 
 @pytest.mark.parametrize(
-    ("probe", "wanted", "answer", "seen"),
+    ("probe", "fields", "answer", "seen"),
     [
         (
             "prompt_logprobs=1",
@@ -111,7 +111,7 @@ def test_a_server_that_refuses_everything_holds() -> None:
         (
             "logit_bias and logprobs",
             {"logit_bias": {"5": 100, "6": 100}},
-            chat(shown(-0.25, 5)),
+            chat(logprobs_of(-0.25, 5)),
             "log-probabilities under a bias",
         ),
         (
@@ -122,8 +122,13 @@ def test_a_server_that_refuses_everything_holds() -> None:
             ),
             "log-probabilities under a bias",
         ),
-        ("top_logprobs=20", {"top_logprobs": 20}, chat(shown(-1, 20)), "20 log-probabilities"),
-        ("precision", {"top_logprobs": 5}, chat(shown(-0.123456789, 5)), "-0.123456789"),
+        (
+            "top_logprobs=20",
+            {"top_logprobs": 20},
+            chat(logprobs_of(-1, 20)),
+            "20 log-probabilities",
+        ),
+        ("precision", {"top_logprobs": 5}, chat(logprobs_of(-0.123456789, 5)), "-0.123456789"),
         (
             "chat: return_token_ids",
             {"return_token_ids": True, "top_logprobs": 5},
@@ -132,50 +137,50 @@ def test_a_server_that_refuses_everything_holds() -> None:
         ),
     ],
 )
-def test_what_an_answer_shows_is_named(
-    probe: str, wanted: dict[str, Any], answer: dict[str, Any], seen: str
+def test_the_leak_in_an_answer_is_named(
+    probe: str, fields: dict[str, Any], answer: dict[str, Any], seen: str
 ) -> None:
-    item = found((wanted, answer))[probe]
-    assert item.outcome == ("leaked" if seen else "held")
-    assert seen in item.seen
+    result = results_of((fields, answer))[probe]
+    assert result.outcome == ("leaked" if seen else "held")
+    assert seen in result.seen
 
 
-def test_a_switch_that_was_taken_may_leak_or_not() -> None:
-    taken = {"return_token_ids": True}
-    assert found((taken, chat()))["chat: return_token_ids"].outcome == "accepted"
+def test_an_accepted_switch_may_leak_or_not() -> None:
+    switch = {"return_token_ids": True}
+    assert results_of((switch, chat()))["chat: return_token_ids"].outcome == "accepted"
     # vLLM sends fields that are not set as null.
     empty = chat(prompt_token_ids=None, prompt_logprobs=None)
-    assert found((taken, empty))["chat: return_token_ids"].outcome == "accepted"
-    item = found((taken, chat(prompt_token_ids=[5, 6])))["chat: return_token_ids"]
-    assert (item.outcome, item.seen) == ("leaked", "fields prompt_token_ids")
+    assert results_of((switch, empty))["chat: return_token_ids"].outcome == "accepted"
+    result = results_of((switch, chat(prompt_token_ids=[5, 6])))["chat: return_token_ids"]
+    assert (result.outcome, result.seen) == ("leaked", "fields prompt_token_ids")
 
 
 def test_answers_without_the_leaking_part_hold() -> None:
-    rounded = found(({"top_logprobs": 5}, chat(shown(-0.1235, 5))))
+    rounded = results_of(({"top_logprobs": 5}, chat(logprobs_of(-0.1235, 5))))
     assert rounded["precision"].outcome == "held"
-    ignored = found(({"prompt_logprobs": 1}, chat(prompt_logprobs=None)))
+    ignored = results_of(({"prompt_logprobs": 1}, chat(prompt_logprobs=None)))
     assert ignored["prompt_logprobs=1"].outcome == "held"
 
 
 def test_every_event_of_a_stream_is_judged() -> None:
-    wanted = {"stream": True, "top_logprobs": 5}
-    exact = events(chat(shown(-0.5, 5)), chat(shown(-0.123456789, 5)))
-    assert found((wanted, exact))["stream with logprobs"].outcome == "leaked"
-    assert found((wanted, events(chat())))["stream with logprobs"].outcome == "held"
+    fields = {"stream": True, "top_logprobs": 5}
+    exact = events(chat(logprobs_of(-0.5, 5)), chat(logprobs_of(-0.123456789, 5)))
+    assert results_of((fields, exact))["stream with logprobs"].outcome == "leaked"
+    assert results_of((fields, events(chat())))["stream with logprobs"].outcome == "held"
     stray = {"stream": True, "stream_options": {"include_usage": True, "stray": 1}}
     name = "stray field in stream_options"
-    assert found((stray, events(chat())))[name].outcome == "accepted"
+    assert results_of((stray, events(chat())))[name].outcome == "accepted"
     late = events(chat(), chat(prompt_token_ids=[5]))
-    assert found((stray, late))[name].outcome == "leaked"
+    assert results_of((stray, late))[name].outcome == "leaked"
 
 
-def test_a_server_that_breaks_says_nothing() -> None:
-    broken = found(({"prompt_logprobs": 1}, 500), ({"stream": True}, 503))
+def test_nothing_is_known_about_a_server_that_fails() -> None:
+    broken = results_of(({"prompt_logprobs": 1}, 500), ({"stream": True}, 503))
     assert broken["prompt_logprobs=1"].outcome == "unclear"
     assert broken["stream"].outcome == "unclear"
 
 
-def test_an_endpoint_that_does_not_answer_is_no_finding() -> None:
+def test_an_endpoint_that_does_not_answer_cannot_be_audited() -> None:
     for server in (
         lambda _: httpx.Response(404),
         lambda request: httpx.Response(200, json={"data": []}),
@@ -187,22 +192,19 @@ def test_an_endpoint_that_does_not_answer_is_no_finding() -> None:
             audit("http://here/v1", "k", client=client)
 
 
-# Refusals that say nothing -------------------------------------------------------------------
-
-
-def test_a_busy_server_is_asked_again_when_it_says() -> None:
+def test_a_busy_server_gets_the_request_again_after_its_wait() -> None:
     server, waits, refused = Server(), [], set()
 
     def busy(request: httpx.Request) -> httpx.Response:
-        asked_before = (request.url.path, request.content)
-        if asked_before in refused:
+        call = (request.url.path, request.content)
+        if call in refused:
             return server(request)
-        refused.add(asked_before)
+        refused.add(call)
         status = 429 if len(refused) % 2 else 503
         return httpx.Response(status, headers={"retry-after": "2"})
 
-    results = asked(busy, waits.append)
-    assert {item.outcome for item in results.values()} == {"held"}
+    results = audit_of(busy, waits.append)
+    assert {result.outcome for result in results.values()} == {"held"}
     assert set(waits) == {2.0}
     assert len(waits) >= count() - 4
 
@@ -216,7 +218,7 @@ def test_a_busy_server_is_asked_again_when_it_says() -> None:
         ({"retry-after": "Wed, 21 Oct 2026 07:28:00 GMT"}, []),
     ],
 )
-def test_a_server_that_stays_busy_is_given_up(headers: dict[str, str], waits: list[float]) -> None:
+def test_a_server_that_stays_busy_is_unclear(headers: dict[str, str], waits: list[float]) -> None:
     server, waited = Server(), []
 
     def busy(request: httpx.Request) -> httpx.Response:
@@ -224,12 +226,12 @@ def test_a_server_that_stays_busy_is_given_up(headers: dict[str, str], waits: li
             return httpx.Response(429, headers=headers)
         return server(request)
 
-    item = asked(busy, waited.append)["chat: echo"]
-    assert (item.outcome, item.seen) == ("unclear", "status 429")
+    result = audit_of(busy, waited.append)["chat: echo"]
+    assert (result.outcome, result.seen) == ("unclear", "status 429")
     assert waited == waits
 
 
-def test_a_server_that_is_always_busy_passes_nothing_and_ends() -> None:
+def test_a_server_that_is_always_busy_passes_no_probe_and_the_audit_ends() -> None:
     server, waited = Server(), []
 
     def busy(request: httpx.Request) -> httpx.Response:
@@ -237,25 +239,27 @@ def test_a_server_that_is_always_busy_passes_nothing_and_ends() -> None:
             return server(request)
         return httpx.Response(503, headers={"retry-after": "30"})
 
-    results = asked(busy, waited.append)
-    held = {name for name, item in results.items() if item.outcome == "held"}
-    # The doors that strangers find shut are the server's own answers.
+    results = audit_of(busy, waited.append)
+    held = {name for name, result in results.items() if result.outcome == "held"}
+    # Requests without a valid key are refused before the load counts.
     assert held == {"no key", "an empty key", "another key", "another scheme"}
-    assert {item.outcome for item in results.values()} == {"held", "unclear"}
+    assert {result.outcome for result in results.values()} == {"held", "unclear"}
     assert sum(waited) == PATIENCE_S
 
 
-def test_an_answer_without_a_completion_says_nothing() -> None:
-    empty = found(({"stream": True}, events({"error": {}})), ({"top_logprobs": 5}, {"error": {}}))
+def test_an_answer_without_a_completion_is_unclear() -> None:
+    empty = results_of(
+        ({"stream": True}, events({"error": {}})), ({"top_logprobs": 5}, {"error": {}})
+    )
     assert empty["stream"].outcome == "unclear"
     assert empty["precision"].outcome == "unclear"
 
 
-class Careful(Server):
-    """Takes temperatures in a range alone."""
+class BoundedTemperature(Server):
+    """Accepts some temperatures only."""
 
-    def __init__(self, *given: Any, allowed: tuple[float, ...]) -> None:
-        super().__init__(*given)
+    def __init__(self, *answers: Any, allowed: tuple[float, ...]) -> None:
+        super().__init__(*answers)
         self.allowed = allowed
 
     def __call__(self, request: httpx.Request) -> httpx.Response:
@@ -273,14 +277,14 @@ class Careful(Server):
 
 
 @pytest.mark.parametrize("allowed", [(1, 0.3), (0.3,)])
-def test_a_least_temperature_hides_no_leak(allowed: tuple[float, ...]) -> None:
+def test_a_minimum_temperature_hides_no_leak(allowed: tuple[float, ...]) -> None:
     leak = ({"prompt_logprobs": 1}, chat(prompt_logprobs=[None, {"5": {"logprob": -0.5}}]))
-    results = asked(Careful(leak, allowed=allowed))
+    results = audit_of(BoundedTemperature(leak, allowed=allowed))
     assert results["prompt_logprobs=1"].outcome == "leaked"
     assert results["echo"].seen == "refused with 422"
 
 
-def test_a_key_without_a_route_is_said() -> None:
+def test_a_route_that_the_key_may_not_use_is_unclear() -> None:
     server = Server()
 
     def scoped(request: httpx.Request) -> httpx.Response:
@@ -288,45 +292,45 @@ def test_a_key_without_a_route_is_said() -> None:
             return httpx.Response(403, text="this key may not use completions")
         return server(request)
 
-    results = asked(scoped)
+    results = audit_of(scoped)
     assert results["echo"].outcome == results["completions: stream"].outcome == "unclear"
     assert "403: this key may not use completions" in results["echo"].seen
     assert results["chat: echo"].outcome == "held"
 
 
-def test_a_route_that_is_not_there_leaks_nothing() -> None:
+def test_a_missing_route_leaks_nothing() -> None:
     server = Server()
 
     def chat_only(request: httpx.Request) -> httpx.Response:
         missing = request.url.path == "/v1/completions"
         return httpx.Response(404) if missing else server(request)
 
-    echo = asked(chat_only)["echo"]
+    echo = audit_of(chat_only)["echo"]
     assert echo.outcome == "held"
     assert "/completions is answered with 404" in echo.seen
 
 
-def test_a_key_that_is_shut_out_on_the_way_sees_nothing() -> None:
+def test_refusals_of_a_key_that_was_locked_out_are_unclear() -> None:
     server, probed = Server(), []
 
-    def shutting(request: httpx.Request) -> httpx.Response:
+    def locking_out(request: httpx.Request) -> httpx.Response:
         probed.append("top_logprobs" in body_of(request))
-        named = request.headers.get("authorization") == "Bearer k"
-        return httpx.Response(403) if named and sum(probed) > 1 else server(request)
+        has_key = request.headers.get("authorization") == "Bearer k"
+        return httpx.Response(403) if has_key and sum(probed) > 1 else server(request)
 
-    results = asked(shutting)
+    results = audit_of(locking_out)
     assert results["prompt_logprobs=1"].outcome == "held"
     assert results["stray field"].outcome == "unclear"
-    assert "no ordinary answer any more: status 403" in results["stray field"].seen
+    assert "no longer gets an ordinary answer: status 403" in results["stray field"].seen
 
 
-def test_no_ordinary_answer_is_no_finding() -> None:
+def test_an_audit_needs_an_ordinary_answer() -> None:
     def refusing(request: httpx.Request) -> httpx.Response:
         models = request.url.path == "/v1/models"
         return httpx.Response(200, json={"data": [{"id": "m"}]}) if models else httpx.Response(403)
 
     with pytest.raises(ValueError, match=r"ordinary request to /chat/completions .* with 403"):
-        asked(refusing)
+        audit_of(refusing)
 
 
 @pytest.mark.parametrize("outcome", ["held", "unclear", "accepted", "leaked"])
@@ -336,8 +340,8 @@ def test_the_command_passes_if_everything_held(
     items = [ProbeResult("a", "held", "[/] seen"), ProbeResult("b", outcome, "")]
     monkeypatch.setattr(command.run, "audit", lambda *_, **__: items)
     assert command.main("http://here/v1", "k") == int(outcome != "held")
-    shown = capsys.readouterr().out
-    assert "[/] seen" in shown
-    assert ("did not pass" in shown) == (outcome == "unclear")
+    output = capsys.readouterr().out
+    assert "[/] seen" in output
+    assert ("did not pass" in output) == (outcome == "unclear")
     with pytest.raises(ConfigError, match="a URL such as"):
         command.main("here", "k")
