@@ -60,7 +60,8 @@ def start(resources: Resources, *, offline: bool) -> None:
             _tighten_token()
             _silence()
             return
-        except (OSError, RuntimeError, ValueError, ConnectionError) as error:
+        except Exception as error:
+            # Ray reports a node that starts too slowly, after 30 s, as a bare Exception.
             last = error
             ray.shutdown()
     target = f"the cluster at {address}" if address else "a local Ray"
