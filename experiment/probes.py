@@ -12,8 +12,10 @@ from azeotrope.collect import BEGUN, finish
 from azeotrope.config import ConfigError
 from azeotrope.files import write_json
 from azeotrope.heads.features import read_features
-from azeotrope.logits import subspace
 from azeotrope.logits.information import conditional_mutual_information
+from azeotrope.logits.oracle import ModelOracle
+from azeotrope.logits.recovery import random_prompts, sample_tokens
+from azeotrope.logits.subspace import recover_subspace
 from azeotrope.logits.vocabulary import token_rows
 from azeotrope.report.intervals import wilson
 from azeotrope.report.rows import ResultRow
@@ -126,13 +128,13 @@ def _subspace(config: ExperimentConfig, steps: Steps, checkpoint: str) -> Stage:
     def make(folder: Path) -> None:
         loaded = models.load(checkpoint)
         shape = loaded.model.config.get_text_config()
-        tokens = subspace.sample_tokens(len(loaded.tokenizer))
+        tokens = sample_tokens(len(loaded.tokenizer))
         count = min(int(shape.hidden_size), len(tokens)) + SPARE
-        prompts = subspace.random_prompts(len(loaded.tokenizer), count)
+        prompts = random_prompts(len(loaded.tokenizer), count)
         found = {}
         for name, rules in _RULES.items():
-            oracle = subspace.ModelOracle(loaded.model, **rules)
-            result = subspace.recover_subspace(oracle, prompts, tokens)
+            oracle = ModelOracle(loaded.model, **rules)
+            result = recover_subspace(oracle, prompts, tokens)
             found[name] = {
                 "value": float(result.hidden_size or 0),
                 "label": result.label,

@@ -30,14 +30,9 @@ from witness import (
 )
 
 from azeotrope import models
-from azeotrope.logits.subspace import (
-    ModelOracle,
-    RefusedError,
-    Shown,
-    random_prompts,
-    recover_subspace,
-    sample_tokens,
-)
+from azeotrope.logits.oracle import ModelOracle, RefusedError, TopLogprobs
+from azeotrope.logits.recovery import random_prompts, sample_tokens
+from azeotrope.logits.subspace import recover_subspace
 from azeotrope.models import Loaded
 from gateway.accounts.key_records import UNDEFENDED
 from gateway.audit import engine_fields, probes, run
@@ -363,7 +358,7 @@ class GatewayOracle:
         self.url, self.loaded, self.path = url, loaded, path
         self.answered = 0
 
-    def query(self, prompt_ids: Sequence[int], logit_bias: Mapping[int, float]) -> Shown:
+    def query(self, prompt_ids: Sequence[int], logit_bias: Mapping[int, float]) -> TopLogprobs:
         tokenizer = self.loaded.tokenizer
         shown = {"logprobs": True, "top_logprobs": 5} if self.path == CHAT else {"logprobs": 5}
         bias = {str(id): value for id, value in logit_bias.items()}

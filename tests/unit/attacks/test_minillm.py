@@ -1,99 +1,33 @@
-"""On-policy distillation: its gradient is that of the reverse KL of whole texts, and who writes is
-the mixture."""
+"""MiniLLM: its gradient is that of the reverse KL of whole texts."""
 
 import math
-from collections import Counter
-from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
+from tiny_models import (
+    EOS,
+    VOCAB,
+    every_text,
+    example,
+    gradients,
+    log_softmax,
+    minillm,
+    small,
+)
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from azeotrope import tasks
 from azeotrope.attacks import base as attacks
 from azeotrope.attacks.logits.teacher import TeacherHead
-from azeotrope.attacks.minillm import MiniLlm
 from azeotrope.config import ConfigError
-from azeotrope.generation import Sampling, generate
-from azeotrope.heads.features import blocks_of
-from azeotrope.mixture import Mixture
 from azeotrope.models import Loaded, head_of, load
-from azeotrope.tokens import Boundary, Example
+from azeotrope.tokens import Boundary
 from azeotrope.traces import Trace, ground_truth
 from azeotrope.training import FitConfig, fit
 
 BOUNDARY = Boundary()
 TASK = tasks.build(tasks.PocketConfig())
-EOS, VOCAB = 2, 5
-
-
-def small(seed: int, vocab: int = VOCAB, context: int = 16) -> Loaded:
-    """A random model of five tokens, with two rows that pad its head."""
-    words = WordLevel({f"w{i}": i for i in range(vocab)}, unk_token="w0")
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(words), eos_token=f"w{EOS}", pad_token="w0"
-    )
-    torch.manual_seed(seed)
-    config = Qwen2Config(
-        vocab_size=vocab + 2,
-        hidden_size=8,
-        intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=context,
-        initializer_range=0.6,
-        tie_word_embeddings=False,
-        bos_token_id=1,
-        eos_token_id=EOS,
-        pad_token_id=0,
-    )
-    return Loaded(Qwen2ForCausalLM(config).eval(), tokenizer)
-
-
-def asked(teacher: Loaded) -> TeacherHead:
-    head = head_of(teacher.model)
-    return TeacherHead(teacher.tokenizer, head.weight, head.bias, [], model=teacher.model)
-
-
-def minillm(teacher: Loaded, student: Loaded, **settings: Any) -> MiniLlm:
-    attack = attacks.resolve({"name": "minillm", **settings})
-    assert isinstance(attack, MiniLlm)
-    attack.attach(asked(teacher), student)
-    return attack
-
-
-def example(prompt: Sequence[int], completion: Sequence[int], id: str = "x") -> Example:
-    flags = (False,) * len(completion)
-    return Example(id, tuple(prompt), tuple(completion), flags, flags)
-
-
-def log_softmax(loaded: Loaded, item: Example, rows: int, temperature: float = 1.0) -> Tensor:
-    """The whole model's log-probabilities at each token of a completion."""
-    ids = torch.tensor([item.prompt + item.completion])
-    logits = loaded.model(input_ids=ids).logits[0, len(item.prompt) - 1 : -1, :rows]
-    return (logits / temperature).log_softmax(-1)
-
-
-def gradients(loaded: Loaded, value: Tensor) -> Tensor:
-    found = torch.autograd.grad(value, list(loaded.model.parameters()))
-    return torch.cat([part.flatten() for part in found])
-
-
-# The gradient
-
-
-def every_text(length: int) -> Iterator[tuple[int, ...]]:
-    """All completions of at most this length, each ended by the end-of-sequence token or cut."""
-    for token in range(VOCAB):
-        if token == EOS or length == 1:
-            yield (token,)
-        else:
-            yield from ((token, *rest) for rest in every_text(length - 1))
 
 
 def test_all_texts_are_there() -> None:
@@ -194,93 +128,6 @@ def test_chunks_change_nothing(tokens: int) -> None:
     cut = attack.distance(student, items, [4, 2])
     assert cut.item() == pytest.approx(whole.item(), rel=1e-6)
     torch.testing.assert_close(gradients(student, cut), gradients(student, whole))
-
-
-# Who writes
-
-
-@pytest.mark.parametrize(("share", "temperature"), [(0.0, 1.0), (0.3, 1.0), (0.8, 1.7)])
-def test_the_next_token_is_the_mixtures_whoever_has_finished(
-    share: float, temperature: float
-) -> None:
-    """Rows of other lengths end at other steps; the teacher's cache keeps up with all of them."""
-    teacher, student = small(0), small(1)
-    prompts = [(3, 4), (1,), (4, 4, 4, 1), (3, 1, 0), (1, 1)]
-    seen: list[tuple[Tensor, list[list[int]]]] = []
-    mixture = Mixture(
-        teacher.model, asked(teacher).logits, prompts, share=share, temperature=temperature
-    )
-
-    def watched(logits: Tensor, prefixes: list[list[int]]) -> Tensor:
-        found = mixture(logits, prefixes)
-        seen.append((found.clone(), [list(prefix) for prefix in prefixes]))
-        return found
-
-    sampling = Sampling(temperature=1.0, max_new_tokens=11)
-    found = generate(
-        student.model, prompts, sampling,
-        eos_id=EOS, pad_id=0, seeds=list(range(45, 50)), adjust_logits=watched,
-    )  # fmt: skip
-    ends = {len(item.ids) for item in found}
-    assert len(ends) >= 3, "rows leave at different steps"
-    for step, (log_m, prefixes) in enumerate(seen):
-        alive = [row for row, item in enumerate(found) if len(item.ids) > step]
-        assert prefixes == [list(found[row].ids[:step]) for row in alive]
-        for row, mixed in zip(alive, log_m, strict=True):
-            item = example(prompts[row], (*found[row].ids[:step], 0))
-            p, q = (
-                log_softmax(loaded, item, VOCAB, temperature)[-1].detach().exp()
-                for loaded in (teacher, student)
-            )
-            torch.testing.assert_close(
-                mixed[:VOCAB].exp(), share * p + (1 - share) * q, rtol=1e-4, atol=1e-6
-            )
-            assert (mixed[VOCAB:] == -torch.inf).all(), "rows that pad a head are never written"
-
-
-def test_texts_are_drawn_from_the_mixture() -> None:
-    teacher, student = small(0), small(1)
-    attack = minillm(teacher, student, mix=0.4, max_new_tokens=2)
-    count = 4000
-    items = [example((3, 4), (EOS,), str(number)) for number in range(count)]
-    found = Counter(item.completion for item in attack.write(student, items))
-    expected = {}
-    for text in every_text(2):
-        item = example((3, 4), text)
-        p, q = (log_softmax(x, item, VOCAB).detach().exp() for x in (teacher, student))
-        mixed = 0.4 * p + 0.6 * q
-        expected[text] = mixed.gather(-1, torch.tensor(text)[:, None]).prod().item()
-    assert set(found) <= set(expected)
-    for text, share in expected.items():
-        spread = (share * (1 - share) / count) ** 0.5
-        assert abs(found[text] / count - share) < 5 * spread + 1e-3, text
-
-
-def test_the_weights_correct_for_the_mixture() -> None:
-    """At the first token, whose context is given, the weighted mean is the student's own."""
-    teacher, student = small(0), small(1)
-    item = example((3, 4), (0,))
-    p, q = (log_softmax(x, item, VOCAB)[0].detach().exp() for x in (teacher, student))
-    for mix in (0.2, 0.7):
-        attack = minillm(teacher, student, mix=mix)
-        mixed = mix * p + (1 - mix) * q
-        found = sum(
-            mixed[token] * attack.distance(student, [example((3, 4), (token,))], [1])
-            for token in range(VOCAB)
-        )
-        assert found.item() == pytest.approx((q * (q / p).log()).sum().item(), rel=1e-5)
-
-
-def test_a_students_dropout_is_off_while_it_writes_and_on_again() -> None:
-    teacher, student = small(0), small(1)
-    for layer in blocks_of(student.model):
-        layer.self_attn.attention_dropout = 0.9  # type: ignore[union-attr, assignment]
-    attack = minillm(teacher, student, max_new_tokens=8)
-    items = [example((3, 4), (EOS,), str(number)) for number in range(20)]
-    calm = attack.write(student, items)
-    student.model.train()
-    assert attack.write(student, items) == calm
-    assert student.model.training
 
 
 # The pocket models

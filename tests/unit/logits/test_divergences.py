@@ -1,6 +1,6 @@
 """Divergences: identities, values worked out by hand, limits that join, and gradients.
 
-The original AlphaNet is the exception twice over: its clipped value may be negative, and its
+The original AlphaNet is excluded from two of them: its clipped value may be negative, and its
 gradient is a formula of its own and not the derivative of the value.
 """
 
@@ -11,6 +11,7 @@ from itertools import product
 
 import pytest
 import torch
+from distributions import UNCLIPPED, P, Q, calm, distribution, logits
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -23,7 +24,6 @@ PAIRS = [
     (1.0, 0.0), (0.0, 1.0), (0.5, 0.5), (1.0, 1.0), (0.2, 0.7), (2.0, 1.0),
     (2.0, 0.0), (0.0, 2.0), (0.4, -0.4), (-1.5, 1.5), (0.0, 0.0), (-0.5, 1.5), (1.5, -0.5),
 ]  # fmt: skip
-UNCLIPPED = partial(alphanet, clip=1e30)
 
 SMOOTH: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "forward_kl": by_name("forward_kl"),
@@ -40,8 +40,6 @@ smooth = pytest.mark.parametrize("name", SMOOTH)
 every = pytest.mark.parametrize("name", ALL)
 few = settings(max_examples=25)
 
-# p = (1/2, 1/4, 1/4) and q = (1/8, 1/8, 3/4), so p/q = (4, 2, 1/3).
-P, Q = torch.tensor([0.5, 0.25, 0.25]), torch.tensor([0.125, 0.125, 0.75])
 FORWARD, REVERSE = 1.25 * LN2 - 0.25 * LN3, -0.375 * LN2 + 0.75 * LN3
 KL_TO_HALF = 0.5 * math.log(8 / 5) + 0.25 * math.log(4 / 3) - 0.25 * LN2
 KL_FROM_HALF = math.log(2 / 5) / 8 + math.log(2 / 3) / 8 + 0.75 * math.log(3 / 2)
@@ -85,13 +83,6 @@ def test_nothing_is_left_out() -> None:
     assert {name.partition("(")[0] for name in ALL} == set(BY_NAME)
 
 
-logits = st.lists(st.floats(-8, 8), min_size=4, max_size=4)
-
-
-def distribution(values: list[float]) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64).log_softmax(-1)
-
-
 @every
 @few
 @given(values=logits)
@@ -105,15 +96,6 @@ def test_equal_distributions_are_no_distance_apart(name: str, values: list[float
 @given(one=logits, other=logits)
 def test_no_divergence_is_negative(name: str, one: list[float], other: list[float]) -> None:
     assert ALL[name](distribution(one), distribution(other)).item() >= -1e-12
-
-
-def test_a_clipped_alphanet_may_be_negative() -> None:
-    p, q = torch.tensor([0.5, 0.5]).log(), torch.tensor([0.9, 0.1]).log()
-    assert alphanet(p, q, low=2.0, high=3.0, clip=1e6).item() > 0
-    # Weights (25/81, min(25, 1.5)) at 2 and (0.17, 1.5) at 3; the larger value is that at 3.
-    expected = (0.9 * ((5 / 9) ** 3 - 1) + 0.1 * 0.5) / 6
-    assert alphanet(p, q, low=2.0, high=3.0, clip=1.5).item() == pytest.approx(expected, rel=1e-5)
-    assert expected < 0
 
 
 @every
@@ -149,9 +131,6 @@ def test_alpha_and_alpha_beta_agree(one: list[float], other: list[float], a: flo
     torch.testing.assert_close(alpha(log_p, log_q, a), alpha_beta(log_p, log_q, a, 1 - a))
     # Exchanging the distributions exchanges the exponents.
     torch.testing.assert_close(alpha_beta(log_q, log_p, 1 - a, a), alpha(log_p, log_q, a))
-
-
-calm = st.lists(st.floats(-2, 2), min_size=4, max_size=4)
 
 
 @pytest.mark.parametrize(
@@ -208,71 +187,6 @@ def test_at_equality_the_gradient_vanishes_and_the_curvature_does_not(name: str)
     near = torch.autograd.functional.hessian(lambda z: value(z.log_softmax(-1)), log_p + 1e-7 * q)
     torch.testing.assert_close(found, near, rtol=1e-5, atol=1e-6)
     assert found.diagonal().min() > 1e-3
-
-
-def published_alphanet_gradient(
-    p: Tensor, q: Tensor, low: float, high: float, clip: float
-) -> tuple[Tensor, Tensor]:
-    """Value and gradient with respect to log q, in probabilities, as the paper's code states it."""
-    found = []
-    for a in (low, high):
-        ratio = p / q
-        if a == 0:
-            ratio = ratio.clamp(max=clip)
-            found.append(((q * -ratio.log()).sum(), -q * (ratio.log() - 1)))
-        elif a == 1:
-            found.append(((q * ratio * ratio.log()).sum(), -q * ratio))
-        else:
-            weight, base = (ratio**a).clamp(max=clip), 1 / (a * (a - 1))
-            value = (q * (weight / (a * (a - 1)) - base)).sum()
-            found.append((value, -q * (weight / a + base)))
-    return found[0] if found[0][0] > found[1][0] else found[1]
-
-
-@pytest.mark.parametrize(
-    ("low", "high", "clip"),
-    [(-1.0, 1.0, 5.0), (-1.0, 1.0, 1.1), (0.0, 1.0, 1.5), (-2.0, 0.0, 5.0), (0.2, 0.9, 1.2),
-     (0.5, 2.0, 3.0)],
-)  # fmt: skip
-@given(one=calm, other=calm)
-def test_alphanets_gradient_is_the_published_one(
-    low: float, high: float, clip: float, one: list[float], other: list[float]
-) -> None:
-    p, q = distribution(one), distribution(other).requires_grad_()
-    value = alphanet(p, q, low, high, clip)
-    (found,) = torch.autograd.grad(value, q)
-    wanted, gradient = published_alphanet_gradient(p.exp(), q.detach().exp(), low, high, clip)
-    assert value.item() == pytest.approx(wanted.item(), rel=1e-9, abs=1e-12)
-    if value.item() > 1e-9:  # at equality either of the two may be taken
-        torch.testing.assert_close(found, gradient, rtol=1e-9, atol=1e-12)
-
-
-@pytest.mark.parametrize(("low", "high"), [(-1.0, 1.0), (0.2, 0.9), (0.0, 0.5), (-0.5, 2.0)])
-@given(one=calm, other=calm)
-def test_without_clipping_alphanet_is_the_larger_alpha_divergence(
-    low: float, high: float, one: list[float], other: list[float]
-) -> None:
-    p = distribution(one)
-    z = torch.tensor(other, dtype=torch.float64, requires_grad=True)
-    pair = [alpha(p, z.log_softmax(-1), a) for a in (low, high)]
-    larger = max(pair, key=lambda value: value.item())
-    found = UNCLIPPED(p, z.log_softmax(-1), low, high)
-    torch.testing.assert_close(found, larger, rtol=1e-8, atol=1e-10)
-    if abs(pair[0] - pair[1]) > 1e-9:
-        (wanted,) = torch.autograd.grad(larger, z)
-        (gradient,) = torch.autograd.grad(found, z)
-        torch.testing.assert_close(gradient, wanted, rtol=1e-7, atol=1e-9)
-
-
-def test_alphanet_decides_at_each_position() -> None:
-    # At -1 for a student that says what the teacher would not, at 1 for one that says too little.
-    rows = torch.tensor([[0.98, 0.02], [0.5, 0.5]]).log()
-    log_p, log_q = rows, rows.flip(0)
-    found = alphanet(log_p, log_q, clip=1e9)
-    each = torch.stack([alpha(log_p, log_q, a) for a in (-1.0, 1.0)])
-    assert each.argmax(0).tolist() == [0, 1] or each.argmax(0).tolist() == [1, 0]
-    torch.testing.assert_close(found, each.max(0).values)
-    assert found.sum() > each.sum(1).max()
 
 
 @pytest.mark.parametrize(
