@@ -1,1 +1,1 @@
-"""Attacks: what a thief does with what was observed; one module each."""
+"""Attacks: how an attacker trains a student on observed texts or logits; one module each."""

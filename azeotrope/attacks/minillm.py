@@ -1,22 +1,22 @@
-"""MiniLLM: on-policy distillation by reverse KL, the original of what `reverse_kl` does offline.
+"""MiniLLM: on-policy distillation by reverse KL; `reverse_kl` is its offline form.
 
-The student answers the stolen questions itself, and the teacher is asked about every token y_t of
-what it wrote. With q the student's distribution there and p the teacher's,
+The student answers the observed questions itself, and the teacher is queried about every token y_t
+of the answer. With q the student's distribution at that token and p the teacher's,
 
     grad KD = mean_t w_t [ grad KL(q_t || p_t)  -  R_t grad log q(y_t) ]
 
-    R_t = mean_(s > t) log p(y_s) / q(y_s)     how well the rest goes; 0 after the last token
+    R_t = mean_(s > t) log p(y_s) / q(y_s)     reward of the later tokens; 0 after the last one
     w_t = q(y_t) / m(y_t),   m = mix p + (1 - mix) q
 
-The first term is the exact derivative of one step, summed over the vocabulary; the second is a
-policy gradient for what the step leads to, and has the mean in place of the sum so that short
-answers are not favoured. Texts are drawn from m, which keeps a weak student from wandering where
-the teacher knows nothing, and the weight corrects for that. As in all attacks on logits,
+The first term is the exact derivative of one step, summed over the vocabulary. The second is a
+policy gradient for the tokens that follow; it takes their mean instead of their sum, so that short
+answers are not favoured. Texts are drawn from m: a weak student alone would write texts on which
+the teacher's distribution means little. The weight w corrects for m. As in all attacks on logits,
 
     L = (1 - kd_weight) SFT + kd_weight T^2 KD
 
-with the ground truth in the place of the paper's pre-training corpus. Each text serves one step of
-the optimizer, so that PPO's clipping has nothing to clip and is left out.
+with the ground truth instead of the paper's pre-training corpus. Each text is used in one step of
+the optimizer, so PPO's clipping would have no effect and is left out.
 
 Reference: Gu et al. 2023, "MiniLLM: knowledge distillation of large language models",
 arXiv:2306.08543.
@@ -33,7 +33,7 @@ from torch import Tensor
 from azeotrope.attacks.logits.attack import LogitAttack, LogitConfig, sum_by_chunks
 from azeotrope.attacks.logits.teacher import TeacherHead
 from azeotrope.generation import Sampling, generate
-from azeotrope.heads import chunked
+from azeotrope.heads.chunked import hidden_states, sequence_loss
 from azeotrope.logits import divergences
 from azeotrope.logits.alignment import same_vocabulary
 from azeotrope.logits.chunks import head_logits, token_chunks
@@ -47,22 +47,22 @@ from azeotrope.training import TokenSum
 
 
 class Config(LogitConfig):
-    """The mixture and the weights are the paper's."""
+    """The defaults of the mixture and the weights are the paper's."""
 
     name: Literal["minillm"] = "minillm"
     mix: float = Field(
-        default=0.2, ge=0, lt=1, description="share of the teacher in the policy that writes"
+        default=0.2, ge=0, lt=1, description="share of the teacher in the policy that writes texts"
     )
     max_new_tokens: int = Field(
-        default=96, ge=1, description="length at which a text of the student's own is cut"
+        default=96, ge=1, description="length at which a text that the student writes is cut"
     )
 
     @model_validator(mode="after")
     def _whole(self) -> "Config":
         if self.view != View() or self.pairs or self.agreement:
             raise ValueError(
-                "minillm asks a teacher at every step and sees all of its logits; leave out view, "
-                "pairs and agreement, or take reverse_kl"
+                "minillm queries a teacher at every step and sees all of its logits; leave out "
+                "view, pairs and agreement, or use reverse_kl"
             )
         return self
 
@@ -73,14 +73,14 @@ class MiniLlm(LogitAttack):
     needs = "teacher"
 
     def attach(self, teacher: TeacherHead, student: Loaded) -> None:
-        """Prepare to ask this teacher on behalf of this student.
+        """Prepare to query this teacher on behalf of this student.
 
         Raises:
-            ValueError: if the whole teacher is not given, or has another vocabulary.
+            ValueError: if the teacher comes without its model, or has another vocabulary.
         """
         if teacher.model is None:
             raise ValueError(
-                "minillm asks the teacher about texts that the student writes, so it needs the "
+                "minillm queries the teacher about texts that the student writes, so it needs the "
                 "whole model; give TeacherHead(..., model=...)"
             )
         if not same_vocabulary(student.tokenizer, teacher.tokenizer):
@@ -94,7 +94,7 @@ class MiniLlm(LogitAttack):
     def examples(
         self, student: Loaded, traces: Sequence[Trace], task: Task, boundary: Boundary
     ) -> list[Any]:
-        """Questions to answer, and texts for SFT.
+        """Questions for the student to answer, and texts for SFT.
 
         Raises:
             ValueError: if no teacher is attached, or a text is longer than the student's context.
@@ -105,13 +105,14 @@ class MiniLlm(LogitAttack):
         return [example_of(trace, student.tokenizer, task, boundary, length) for trace in traces]
 
     def loss(self, student: Loaded, items: list[Any]) -> TokenSum:
-        """The mixed loss, summed over the tokens of the given texts.
+        """The mixed loss, summed over the tokens of the observed texts.
 
-        Each text that the student writes counts for as many tokens as the one it was given. What
-        is written is decided by the text's id and torch's seed, which `fit` sets at every step.
+        A text that the student writes counts for as many tokens as the observed text of the same
+        prompt. Texts are drawn with a seed from the example's id and torch's seed, which `fit` sets
+        at every step.
         """
         pad = int(student.tokenizer.pad_token_id)  # type: ignore[arg-type]
-        text = chunked.sequence_loss(student.model, collate(items, pad).to(student.device))
+        text = sequence_loss(student.model, collate(items, pad).to(student.device))
         weight = self.config.kd_weight
         total = (1 - weight) * text.total
         if weight:
@@ -121,7 +122,7 @@ class MiniLlm(LogitAttack):
         return TokenSum(total, text.count)
 
     def write(self, student: Loaded, items: Sequence[Example]) -> list[Example]:
-        """Answers drawn from the mixture of student and teacher, one to each prompt."""
+        """Answers drawn from the mixture of student and teacher, one for each prompt."""
         assert self.teacher is not None
         assert self.teacher.model is not None
         tokenizer, model = student.tokenizer, student.model
@@ -137,7 +138,7 @@ class MiniLlm(LogitAttack):
         )
         was_training = model.training
         model.eval()
-        found = generate(
+        completions = generate(
             model,
             prompts,
             Sampling(temperature=1.0, max_new_tokens=self.config.max_new_tokens),
@@ -147,10 +148,10 @@ class MiniLlm(LogitAttack):
             adjust_logits=policy,
         )
         model.train(was_training)
-        flags = [(False,) * len(completion.ids) for completion in found]
+        flags = [(False,) * len(completion.ids) for completion in completions]
         return [
             Example(item.id, item.prompt, completion.ids, flag, flag)
-            for item, completion, flag in zip(items, found, flags, strict=True)
+            for item, completion, flag in zip(items, completions, flags, strict=True)
         ]
 
     def distance(
@@ -165,33 +166,34 @@ class MiniLlm(LogitAttack):
         weight, bias = head.weight, head.bias  # type: ignore[union-attr]
         temperature = self.config.temperature
 
-        def both(ours: Tensor, theirs: Tensor) -> tuple[Tensor, Tensor]:
+        def log_probs(ours: Tensor, theirs: Tensor) -> tuple[Tensor, Tensor]:
             logits = head_logits(ours, weight, bias)[:, : teacher.rows]  # type: ignore[arg-type]
             return tuple(  # type: ignore[return-value]
                 (x / temperature).log_softmax(-1) for x in (logits, teacher.logits(theirs))
             )
 
-        def said(ours: Tensor, theirs: Tensor, labels: Tensor) -> Tensor:
-            return torch.stack([x.gather(-1, labels[:, None])[:, 0] for x in both(ours, theirs)])
+        def at_labels(ours: Tensor, theirs: Tensor, labels: Tensor) -> Tensor:
+            pair = log_probs(ours, theirs)
+            return torch.stack([x.gather(-1, labels[:, None])[:, 0] for x in pair])
 
         def part(
             ours: Tensor, theirs: Tensor, labels: Tensor, scale: Tensor, after: Tensor
         ) -> Tensor:
-            log_q, log_p = both(ours, theirs)
+            log_q, log_p = log_probs(ours, theirs)
             chosen = after * log_q.gather(-1, labels[:, None])[:, 0]
-            # The policy gradient has no value of its own.
+            # The policy gradient contributes a gradient but no value.
             step = divergences.reverse_kl(log_p, log_q) - (chosen - chosen.detach())
             return (scale * step).sum()
 
-        ours = chunked.hidden_states(student.model, batch)
+        ours = hidden_states(student.model, batch)
         labels, sizes = batch.targets[batch.mask], [len(item.completion) for item in written]
         width = max(len(weight), teacher.rows)  # type: ignore[arg-type]
         with torch.no_grad():
-            theirs = chunked.hidden_states(teacher.model, batch)
+            theirs = hidden_states(teacher.model, batch)
             pieces = token_chunks(len(labels), width, self.budget)
-            log_q, log_p = torch.cat([said(ours[x], theirs[x], labels[x]) for x in pieces], -1)
+            log_q, log_p = torch.cat([at_labels(ours[x], theirs[x], labels[x]) for x in pieces], -1)
             reward = log_p - log_q
-            # q / m with both divided by q.
+            # w = q / m; numerator and denominator are divided by q, which may be tiny.
             scale = 1 / (self.config.mix * reward.exp() + 1 - self.config.mix)
             share = [scale.new_full((n,), c / n) for n, c in zip(sizes, counts, strict=True)]
             after = torch.cat([_mean_after(part) for part in reward.split(sizes)])
@@ -200,10 +202,10 @@ class MiniLlm(LogitAttack):
 
 
 def _mean_after(reward: Float[Tensor, " tokens"]) -> Float[Tensor, " tokens"]:
-    """The mean of what comes after each token; 0 after the last."""
+    """The mean reward of the tokens after each token; 0 after the last."""
     rest = reward.flip(0).cumsum(0).flip(0) - reward
-    left = torch.arange(len(reward) - 1, -1, -1, device=reward.device)
-    return rest / left.clamp(min=1)
+    later_tokens = torch.arange(len(reward) - 1, -1, -1, device=reward.device)
+    return rest / later_tokens.clamp(min=1)
 
 
 def build(config: Config) -> MiniLlm:

@@ -1,4 +1,4 @@
-"""Sequence-level distillation: fine-tune a student on the text of stolen traces.
+"""Sequence-level distillation: fine-tune a student on the text of observed traces.
 
     L = - sum_t log q(y_t | x, y_<t)   over the completion, end-of-sequence included.
 
@@ -28,7 +28,7 @@ class TextSft(Attack):
     def examples(
         self, student: Loaded, traces: Sequence[Trace], task: Task, boundary: Boundary
     ) -> list[Example]:
-        """Stolen text as the student reads it.
+        """Observed texts as the student reads them.
 
         Raises:
             ValueError: if a trace is longer than the student's context.

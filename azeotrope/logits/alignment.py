@@ -1,11 +1,12 @@
 """Compare two models that cut the same text into different tokens.
 
-Distributions can be compared where both models have read exactly the same characters, and inside
-a token of the teacher too: of the tokens that begin with the pieces which the student has written,
-the teacher's probabilities, normalised, are those of the piece to come. Each token is taken for the
-pieces by which the student would write it, and tokens with the same next piece are summed. This is
-exact when the teacher's tokens are made of the student's pieces, as with a word vocabulary and its
-byte pairs, and an approximation otherwise.
+Distributions can be compared at positions where both models have read exactly the same characters,
+and also inside a token of the teacher. There, the teacher's tokens that begin with the pieces that
+the student has already written give, with normalised probabilities, a distribution of the next
+piece. Each token is replaced by the pieces with which the student would write it, and the
+probabilities of tokens with the same next piece are summed. This is exact if the teacher's tokens
+are made of the student's pieces, as with a word vocabulary and its byte pairs, and an approximation
+otherwise.
 """
 
 from collections.abc import Sequence
@@ -18,27 +19,28 @@ from transformers import PreTrainedTokenizerBase
 
 from azeotrope.tokens import decode
 
-# Text put before a token, so that the student does not take it for the start of a text.
+# Texts to put before a token: many tokenizers spell a token differently at the start of a text.
 _ANCHORS = (".", "a", "1", "\n")
-# Later ones win where one token has two roles: what ends a text often pads it too.
+# If one token has two roles, the later entry wins: the end-of-sequence token often pads too.
 _ROLES = ("pad_token", "unk_token", "bos_token", "eos_token")
 _BROKEN = "\ufffd"
-"""What a decoder makes of bytes that are no character."""
+"""The replacement character, which decoders write for bytes that are not a character."""
 _DEPTH = 8
-"""Pieces of a token that are looked at; few tokens have more."""
+"""Greatest number of pieces that are kept per token; few tokens have more."""
 
 
-def same_vocabulary(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
-    return one.get_vocab() == other.get_vocab()
+def same_vocabulary(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> bool:
+    return student.get_vocab() == teacher.get_vocab()
 
 
 def spellings(
     teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase, vocab: int
 ) -> Int[Tensor, "vocab depth"]:
-    """The student's pieces for every row of the teacher's head; -1 after the last, or throughout.
+    """The student's pieces for every row of the teacher's head; -1 after the last piece.
 
-    Tokens that begin, end or pad a text are those of the same role, whatever their spelling. Other
-    special tokens, and tokens that are a part of a character, are those of the same spelling.
+    Rows that the student cannot write have -1 throughout. Tokens that begin, end or pad a text
+    become the student's token of the same role. Other special tokens, and tokens that are a part of
+    a character, become the student's token of the same spelling.
 
     Args:
         vocab: rows of the teacher's head; rows that pad it have no pieces.
@@ -51,21 +53,22 @@ def spellings(
     special = set(teacher.all_special_tokens)
     before = teacher.tokenize(".")[-1:]
     alone = teacher.convert_tokens_to_string(before)
-    found: dict[int, list[int]] = {}
-    waiting: dict[int, str] = {}
+    pieces_of: dict[int, list[int]] = {}
+    unsplit: dict[int, str] = {}
     for token, index in teacher.get_vocab().items():
         text = teacher.convert_tokens_to_string([*before, token]).removeprefix(alone)
         if token in roles:
-            found[index] = [] if roles[token] is None else [roles[token]]
+            pieces_of[index] = [] if roles[token] is None else [roles[token]]
         elif token in special or _BROKEN in text:
-            found[index] = [ours[token]] if token in ours else []
+            pieces_of[index] = [ours[token]] if token in ours else []
         else:
-            waiting[index] = text
+            unsplit[index] = text
     for anchor in _ANCHORS:
-        found.update(_written_after(student, anchor, waiting))
-        waiting = {index: text for index, text in waiting.items() if index not in found}
+        pieces_of.update(_written_after(student, anchor, unsplit))
+        unsplit = {index: text for index, text in unsplit.items() if index not in pieces_of}
     table = torch.full((vocab, _DEPTH), -1, dtype=torch.long)
-    for index, pieces in found.items():
+    for index, pieces in pieces_of.items():
+        # Only the teacher's own unknown token may become the student's.
         if index < vocab and (student.unk_token_id not in pieces or index == teacher.unk_token_id):
             table[index, : len(pieces)] = torch.tensor(pieces[:_DEPTH], dtype=torch.long)
     if not bool((table >= 0).any()):
@@ -78,7 +81,7 @@ def spellings(
 def _written_after(
     student: PreTrainedTokenizerBase, anchor: str, texts: dict[int, str]
 ) -> dict[int, list[int]]:
-    """The pieces of each text after an anchor, where the two do not grow together."""
+    """The pieces of each text after an anchor; texts that merge with the anchor are left out."""
     if not texts:
         return {}
     alone: list[int] = student(anchor, add_special_tokens=False)["input_ids"]  # type: ignore[assignment]
@@ -94,11 +97,11 @@ def _written_after(
 def next_pieces(
     table: Int[Tensor, "vocab depth"], prefix: Int[Tensor, " pieces"]
 ) -> tuple[Int[Tensor, " vocab"], Bool[Tensor, " vocab"]]:
-    """What each of the teacher's tokens says about the piece that comes after those `prefix`.
+    """The piece that each of the teacher's tokens predicts after the pieces of `prefix`.
 
     Returns:
-        The next piece of every token that begins so, and -1 for the others; and the tokens that
-        are complete, after which the student may write anything else.
+        The next piece of every token that begins with the prefix, and -1 for other tokens; and the
+        tokens that end with the prefix, after which any piece may follow.
     """
     depth = len(prefix)
     fits = (table[:, :depth] == prefix).all(-1)
@@ -108,12 +111,12 @@ def next_pieces(
 
 
 class Meeting(NamedTuple):
-    """A token of the student's that can be compared with one of the teacher's."""
+    """A position of the student at which it can be compared with a position of the teacher."""
 
     ours: int
     theirs: int
     prefix: tuple[int, ...]
-    """Pieces of the teacher's token that the student has written already."""
+    """Pieces of the teacher's token that the student has already written."""
 
 
 def meetings(
@@ -125,13 +128,12 @@ def meetings(
     finished: bool,
     written: Sequence[int] | None = None,
 ) -> list[Meeting]:
-    """Where the completion tokens of two models meet, in the student's order.
+    """The positions at which two models' completion tokens meet, in the student's order.
 
     Args:
         table: `spellings` of the teacher's tokens.
-        finished: both models also predict the end of the sequence, after the last token.
-        written: the teacher's tokens of the text, which need not be those that its tokenizer
-            would choose.
+        finished: whether both models also predict the end of the sequence, after the last token.
+        written: the teacher's tokens of the text; None takes those that its tokenizer chooses.
 
     Raises:
         ValueError: if `written` does not spell the text.
@@ -140,22 +142,22 @@ def meetings(
     words, theirs = _encoded(teacher, text)
     if written is not None and list(written) != words:
         words, theirs = list(written), _spelled(teacher, written, text)
-    starts = _reads(theirs)
-    found: list[Meeting] = []
-    for read, index in _reads(ours).items():
+    starts = _first_after(theirs)
+    compared: list[Meeting] = []
+    for read, index in _first_after(ours).items():
         if read not in starts:
             continue
         token = starts[read]
-        found.append(Meeting(index, token, ()))
+        compared.append(Meeting(index, token, ()))
         spelling = [piece for piece in table[words[token]].tolist() if piece >= 0]
         for depth in range(1, len(spelling)):
             if pieces[index : index + depth] != spelling[:depth]:
                 break
             if index + depth < len(pieces):
-                found.append(Meeting(index + depth, token, tuple(spelling[:depth])))
+                compared.append(Meeting(index + depth, token, tuple(spelling[:depth])))
     if finished:
-        found.append(Meeting(len(pieces), len(words), ()))
-    return found
+        compared.append(Meeting(len(pieces), len(words), ()))
+    return compared
 
 
 def _encoded(
@@ -168,26 +170,31 @@ def _encoded(
 def _spelled(
     tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], text: str
 ) -> list[tuple[int, int]]:
-    """Offsets of tokens that a model chose itself."""
-    spelled = [decode(tokenizer, ids[: count + 1]) for count in range(len(ids))]
-    if (spelled[-1] if spelled else "") != text:
+    """Offsets of tokens that a model chose itself.
+
+    Raises:
+        ValueError: if the tokens do not spell the text.
+    """
+    prefixes = [decode(tokenizer, ids[: count + 1]) for count in range(len(ids))]
+    if (prefixes[-1] if prefixes else "") != text:
         raise ValueError("the tokens do not spell the text")
-    # A part of a character has not been read as the text has it.
-    ends = [len(part.rstrip(_BROKEN)) for part in spelled]
+    # A character of which only some bytes were written does not count as read.
+    ends = [len(prefix.rstrip(_BROKEN)) for prefix in prefixes]
     return list(zip([0, *ends[:-1]], ends, strict=True))
 
 
-def _reads(offsets: Sequence[tuple[int, int]]) -> dict[int, int]:
+def _first_after(offsets: Sequence[tuple[int, int]]) -> dict[int, int]:
     """Number of characters read -> the first token after them.
 
-    What has been read is told by where the token before ends: in some tokenizers the white space
-    in front of a word belongs to the word's token, but not to its offsets.
+    The end of the preceding token says what has been read, not the token's own start: in some
+    tokenizers the white space in front of a word belongs to the word's token, but not to its
+    offsets.
     """
-    found: dict[int, int] = {}
+    first: dict[int, int] = {}
     read = 0
     for index, (start, end) in enumerate(offsets):
-        # A token that starts earlier continues a character of which a part has been written.
+        # A token that starts before `read` continues a character that was written in part.
         if start >= read:
-            found.setdefault(read, index)
+            first.setdefault(read, index)
         read = max(read, end)
-    return found
+    return first

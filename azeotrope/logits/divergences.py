@@ -1,10 +1,10 @@
 """Divergences between a teacher's next-token distribution p and a student's q.
 
-Every function takes log-probabilities of shape [..., events] and returns one value for each leading
+Every function takes log-probabilities of shape [..., events] and returns one value per leading
 position: nats where it is a KL or a mean of KLs, and a number without a unit elsewhere. An event is
-a token, or the tail of all tokens that the thief did not see. Computations stay in log space and in
-the dtype they are given; limits are formulas of their own. An event that is impossible to one side
-alone counts as one of probability exp(-8e37), so that what is infinite in truth is enormous here.
+a token, or the tail of all tokens that the attacker did not see. Computations stay in log space and
+in the dtype of the arguments. Limits have formulas of their own. An event that is impossible to one
+side alone counts as one of probability exp(-8e37), so an infinite divergence becomes a huge number.
 
 References:
     Hinton et al. 2015, arXiv:1503.02531 (forward KL);
@@ -32,15 +32,15 @@ Divergence = Callable[[Tensor, Tensor], Tensor]
 def forward_kl(
     log_p: Float[Tensor, "*at events"], log_q: Float[Tensor, "*at events"]
 ) -> Float[Tensor, "*at"]:
-    """sum p log(p / q): the student must cover whatever the teacher might say."""
-    return (log_p.exp() * (_finite(log_p) - _finite(log_q))).sum(-1)
+    """sum p log(p / q): the student must cover every token that the teacher may write."""
+    return (log_p.exp() * (finite_log(log_p) - finite_log(log_q))).sum(-1)
 
 
 def reverse_kl(
     log_p: Float[Tensor, "*at events"], log_q: Float[Tensor, "*at events"]
 ) -> Float[Tensor, "*at"]:
-    """sum q log(q / p): the student must not say what the teacher would not."""
-    return (log_q.exp() * (_finite(log_q) - _finite(log_p))).sum(-1)
+    """sum q log(q / p): the student must avoid tokens that the teacher would not write."""
+    return (log_q.exp() * (finite_log(log_q) - finite_log(log_p))).sum(-1)
 
 
 def alpha(
@@ -79,9 +79,9 @@ def alpha_beta(
     """
     if not (math.isfinite(a) and math.isfinite(b)):
         raise ValueError(f"alpha and beta must be finite numbers, got {a} and {b}")
-    # Each event from its more likely side: then no exponential of a large number is taken. At a
-    # gap of 0, `clamp` passes the gradient and `relu` does not, so that it is passed once.
-    gap = _finite(log_p) - _finite(log_q)
+    # Each event is computed from its more likely side, so no exponential of a large number is
+    # taken. At a gap of 0, `clamp` passes the gradient and `relu` does not: it is passed once.
+    gap = finite_log(log_p) - finite_log(log_q)
     value = _shape(a, b, gap.clamp(min=0)) + _shape(b, a, F.relu(-gap))
     total = (_weight(log_p, log_q, a + b) * value).sum(-1)
     if release_compat and (a, b) != (0.0, 0.0):
@@ -93,7 +93,7 @@ def alpha_beta(
 
 
 def _weight(log_p: Tensor, log_q: Tensor, power: float) -> Tensor:
-    """The larger probability to a power; finite, so that it times no difference is 0."""
+    """The larger probability to a power, cut to a finite number: infinity times 0 would be NaN."""
     if power == 0:
         return torch.ones_like(log_p)
     largest = torch.maximum(log_p, log_q)
@@ -104,9 +104,10 @@ def _shape(a: float, b: float, x: Tensor) -> Tensor:
     """(phi(a + b) - phi(b)) / a for x >= 0, where phi(k) = (exp(-k x) - 1) / k.
 
     It is one event's part of the divergence, divided by the larger probability to the power
-    a + b, when the two log-probabilities are x apart.
+    a + b, for two log-probabilities at distance x.
     """
-    # Nearer to a limit than this, the difference has fewer digits than the limit is right to.
+    # The difference loses about eps / a to cancellation, and the limit is off by about a. Both
+    # are equal at a = sqrt(eps); closer to 0 the limit is the better one.
     least = torch.finfo(x.dtype).eps ** 0.5
     if abs(a) >= least:
         return (_phi(a + b, x) - _phi(b, x)) / a
@@ -148,12 +149,12 @@ def alphanet(
 
 
 _NEAR = 1e-3
-"""The published distance from 0 and from 1 within which an alpha is that limit."""
+"""Distance from 0 and from 1 within which AlphaNet's published code uses the limit."""
 
 
 def _clipped_alpha(log_p: Tensor, log_q: Tensor, a: float, clip: float) -> Tensor:
     fixed, log_p = log_q.detach(), log_p.detach()
-    q, gap = fixed.exp(), _finite(log_p) - _finite(fixed)
+    q, gap = fixed.exp(), finite_log(log_p) - finite_log(fixed)
     if abs(a) < _NEAR:
         gap = gap.clamp(max=math.log(clip))
         value, slope = -q * gap, q * (gap - 1.0)
@@ -162,7 +163,8 @@ def _clipped_alpha(log_p: Tensor, log_q: Tensor, a: float, clip: float) -> Tenso
     else:
         ratio, base = (a * gap).exp().clamp(max=clip), 1.0 / (a * (a - 1.0))
         value, slope = q * (ratio - 1.0) * base, q * (ratio / a + base)
-    surrogate = -(slope * _finite(log_q)).sum(-1)
+    # The difference below has the value 0 and the published gradient.
+    surrogate = -(slope * finite_log(log_q)).sum(-1)
     return value.sum(-1) + (surrogate - surrogate.detach())
 
 
@@ -194,11 +196,16 @@ def jensen_shannon(
 
 
 def _mix(log_p: Tensor, log_q: Tensor, share: float) -> Tensor:
-    return torch.logaddexp(_finite(log_p) + math.log(share), _finite(log_q) + math.log1p(-share))
+    return torch.logaddexp(
+        finite_log(log_p) + math.log(share), finite_log(log_q) + math.log1p(-share)
+    )
 
 
-def _finite(log_p: Tensor) -> Tensor:
-    """Log-probabilities in which an impossible event is -1e37 or so, and 0 times it is 0."""
+def finite_log(log_p: Float[Tensor, "*at events"]) -> Float[Tensor, "*at events"]:
+    """Log-probabilities in which an impossible event is finite, about -8e37 in float32.
+
+    A probability of 0 times such a logarithm is 0, and times minus infinity it would be NaN.
+    """
     return log_p.clamp(min=torch.finfo(log_p.dtype).min / 4)
 
 
@@ -214,22 +221,23 @@ BY_NAME: dict[str, Callable[..., Tensor]] = {
 
 
 def by_name(name: str, **parameters: Any) -> Divergence:
-    """A divergence with its parameters filled in.
+    """A divergence with fixed parameters.
 
     Raises:
-        ValueError: if there is none of that name, or it has no such parameter or not this value.
+        ValueError: if no divergence has that name, or a parameter is missing, unknown or out of
+            range.
     """
     if name not in BY_NAME:
         raise ValueError(f"unknown divergence {name!r}; there are {', '.join(BY_NAME)}")
     function = BY_NAME[name]
-    known = dict(list(inspect.signature(function).parameters.items())[2:])
-    needed = [key for key, value in known.items() if value.default is inspect.Parameter.empty]
-    if not set(needed) <= set(parameters) <= set(known):
+    allowed = dict(list(inspect.signature(function).parameters.items())[2:])
+    needed = [key for key, value in allowed.items() if value.default is inspect.Parameter.empty]
+    if not set(needed) <= set(parameters) <= set(allowed):
         raise ValueError(
-            f"{name} takes the parameters: {', '.join(known) or 'none'} (it needs: "
+            f"{name} takes the parameters: {', '.join(allowed) or 'none'} (it needs: "
             f"{', '.join(needed) or 'none'}); got: {', '.join(parameters) or 'none'}"
         )
-    # A value that it cannot work with is refused here and not at the first step.
+    # A call on any distribution makes a bad value fail here instead of in the first step.
     even = torch.tensor([0.5, 0.5]).log()
     function(even, even, **parameters)
     return partial(function, **parameters)

@@ -1,12 +1,13 @@
-"""How much a teacher's next-token distributions tell of a context beyond the next token itself.
+"""How much a teacher's next-token distributions reveal of a context beyond the next token itself.
 
 Distillation from distributions beats training on text because the distribution after a context X
-says more than the token Y that follows there. What a token drawn from it, Z' ~ P(. | X), says of X
-when Y is known is
+holds more information than the token Y that follows X. A token drawn from the distribution,
+Z' ~ P(. | X), gives this information about X if Y is known already:
 
-    I(X; Z' | Y) = E_(x, y) KL( P(. | x) || Q_y ),   Q_y = E[ P(. | X) | Y = y ],
+    I(X; Z' | Y) = E_(x, y) KL( P(. | x) || Q_y ),   Q_y = E[ P(. | X) | Y = y ].
 
-in nats: how far the distributions of the contexts with one next token lie from their centroid.
+In nats, this is the mean distance of distributions from the centroid of all contexts that have the
+same next token.
 References: Yang et al. 2023, "Conditional Mutual Information Constrained Deep Learning for
 Classification", arXiv:2309.09123.
 """
@@ -21,10 +22,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from azeotrope.logits.chunks import LOGITS_BUDGET, head_logits, token_chunks
+from azeotrope.logits.divergences import finite_log
 
 LEAST_TEXTS = 4
-"""Two in each half: fewer leave nothing to draw again."""
+"""Two in each half; with fewer, drawing with replacement gives the same texts every time."""
 DRAWS = 2000
+"""Bootstrap samples of the interval."""
 
 
 @dataclass(frozen=True)
@@ -32,17 +35,17 @@ class InformationEstimate:
     """Conditional mutual information of contexts and outputs given the next token, in nats."""
 
     value: float
-    """With centroids from other texts: too high on average, by what the centroids miss."""
+    """With centroids from other texts: too high on average, because centroids are estimates."""
     ci95: tuple[float, float]
-    """Texts drawn with replacement, centroids kept."""
+    """95 % interval: texts are drawn with replacement, centroids stay the same."""
     in_sample: float
     """With centroids from the same texts: too low on average, so the truth is between the two."""
     positions: int
-    """Positions the value is a mean over."""
+    """Positions that the value is a mean of."""
     covered: float
-    """Their share of all positions; the others have next tokens too rare for a centroid."""
+    """Their share of all positions; at the others the next token is too rare for a centroid."""
     labels: int
-    """Different next tokens among them."""
+    """Different next tokens at these positions."""
     texts: int
 
 
@@ -66,22 +69,22 @@ def conditional_mutual_information(
 
         1/n sum_t KL( softmax(z_t / T) || Q_y(t) of the half without t ).
 
-    Any Q in the place of Q_y gives an upper bound in expectation, as long as it has not seen the
-    text that it is compared with; positions of one text resemble each other, so the split is by
-    text. Rare next tokens have coarse centroids: with `least` the value falls, and so does the
-    share of positions it speaks of.
+    Any Q in place of Q_y gives an upper bound in expectation, as long as it does not depend on the
+    text that it is compared with. Positions of one text resemble each other, so the split is by
+    text. Rare next tokens have coarse centroids: a larger `least` lowers the value and also the
+    share of covered positions.
 
-    Memory is O(budget) whatever the numbers of tokens and labels; every covered position's logits
+    Memory is O(budget) for any numbers of tokens and labels. The logits of every covered position
     are computed twice.
 
     Args:
         hidden: last hidden states, one for each predicted token.
         weight, bias: the head, without rows that pad the vocabulary.
         targets: the token that follows each position, which is Y.
-        texts: a number for each position that says which text it is in. Several answers to one
-            problem are best counted as one text.
+        texts: for each position the number of its text. Several answers to one problem should
+            count as one text.
         temperature: T; divides the logits.
-        least: occurrences a token needs in each half.
+        least: occurrences that a token needs in each half.
         seed: of the split and of the interval.
 
     Raises:
@@ -100,11 +103,11 @@ def conditional_mutual_information(
         last = min(first + per_group, cells.labels)
         start, stop = (int(cells.starts[2 * label]) for label in (first, last))
         group = slice(start, stop)
-        found, entropy = _group(
+        group_sums, entropy = _group(
             head, cells.rows[group], cells.cell[group] - 2 * first, 2 * (last - first), budget // 2
         )
-        divergence[group] = found.divergence
-        pooled += float(found.negentropy.sum()) + entropy
+        divergence[group] = group_sums.divergence
+        pooled += float(group_sums.negentropy.sum()) + entropy
     if not torch.isfinite(divergence).all():
         raise ValueError("a logit is not finite; check the hidden states and the head")
     per_text, counts = _per_text(divergence, cells.text)
@@ -152,28 +155,30 @@ def _split(targets: Tensor, texts: Tensor, least: int, seed: int) -> _Cells:
     half[order[: len(names) // 2].to(texts.device)] = 1
     labels, label = targets.unique(return_inverse=True)
     counts = torch.bincount(2 * label + half[text], minlength=2 * len(labels)).view(-1, 2)
-    kept = (counts >= least).all(1)
-    if not kept.any():
+    frequent = (counts >= least).all(1)
+    if not frequent.any():
         raise ValueError(
             f"none of the {len(labels)} next tokens occurs {least} times or more in each half of "
             f"the {len(names)} texts; give more texts, or lower `least`"
         )
-    rows = kept[label].nonzero().squeeze(1)
-    number = kept.cumsum(0) - 1
+    rows = frequent[label].nonzero().squeeze(1)
+    number = frequent.cumsum(0) - 1
     cell, order = (2 * number[label[rows]] + half[text[rows]]).sort(stable=True)
     rows = rows[order]
-    starts = torch.cat([counts.new_zeros(1), counts[kept].flatten().cumsum(0)])
-    return _Cells(rows, cell, text[rows], starts, int(kept.sum()))
+    starts = torch.cat([counts.new_zeros(1), counts[frequent].flatten().cumsum(0)])
+    return _Cells(rows, cell, text[rows], starts, int(frequent.sum()))
 
 
-class _Found(NamedTuple):
+class _PositionTerms(NamedTuple):
+    """One value per position of a group, in nats."""
+
     divergence: Tensor
     negentropy: Tensor
 
 
 def _group(
     head: _Head, rows: Tensor, cell: Tensor, cells: int, budget: int
-) -> tuple[_Found, float]:
+) -> tuple[_PositionTerms, float]:
     """KL to the other half's centroid and sum p log p of each position, and n H of the labels."""
     vocab = len(head.weight)
     pieces = list(token_chunks(len(rows), vocab, budget))
@@ -182,7 +187,7 @@ def _group(
     centroids = total - counts.log().unsqueeze(1)
     negentropy, cross = [], []
     for piece in pieces:
-        log_p = _finite(head.log_p(rows[piece]))
+        log_p = finite_log(head.log_p(rows[piece]))
         p = log_p.exp()
         negentropy.append((p * log_p).sum(-1))
         # Cells of one label are neighbours: the other half has the last bit flipped.
@@ -190,29 +195,25 @@ def _group(
     both = counts.view(-1, 2).sum(1)
     log_q = torch.logaddexp(total[0::2], total[1::2]) - both.log().unsqueeze(1)
     entropy = -(both * (log_q.exp() * log_q).sum(-1)).double().sum()
-    return _Found(torch.cat(cross).double(), torch.cat(negentropy).double()), float(entropy)
+    return _PositionTerms(torch.cat(cross).double(), torch.cat(negentropy).double()), float(entropy)
 
 
 def _log_sums(
     head: _Head, rows: Tensor, cell: Tensor, cells: int, pieces: list[slice]
 ) -> Float[Tensor, "cells vocab"]:
-    """log sum_t p_t of each cell, in log space: a sum of tiny probabilities is never zero."""
+    """log sum_t p_t of each cell. It is computed in log space, so tiny sums are never zero."""
     vocab = len(head.weight)
     lowest = torch.finfo(torch.float32).min / 4
     peak = torch.full((cells, vocab), lowest, device=head.weight.device)
     total = torch.zeros_like(peak)
+    # A running log-sum-exp over chunks: sums are relative to the greatest log-probability so far.
     for piece in pieces:
-        log_p, index = _finite(head.log_p(rows[piece])), cell[piece]
+        log_p, index = finite_log(head.log_p(rows[piece])), cell[piece]
         higher = peak.scatter_reduce(0, index.unsqueeze(1).expand_as(log_p), log_p, "amax")
         total *= (peak - higher).exp()
         total.index_add_(0, index, (log_p - higher[index]).exp())
         peak = higher
     return peak + total.log()
-
-
-def _finite(log_p: Tensor) -> Tensor:
-    """Log-probabilities in which an impossible token is -1e37 or so, and 0 times it is 0."""
-    return log_p.clamp(min=torch.finfo(log_p.dtype).min / 4)
 
 
 def _per_text(divergence: Tensor, text: Tensor) -> tuple[np.ndarray, np.ndarray]:
@@ -239,7 +240,7 @@ def _check(
 ) -> None:
     if not len(hidden) == len(targets) == len(texts) or len(hidden) == 0:
         raise ValueError(
-            "hidden states, targets and texts must speak of the same positions, at least one; got "
+            "hidden states, targets and texts must be of the same positions, at least one; got "
             f"{len(hidden)}, {len(targets)} and {len(texts)}"
         )
     if not 0 <= int(targets.min()) <= int(targets.max()) < len(weight):

@@ -1,14 +1,15 @@
 """Undo a linear map of logits from pairs of clean and defended ones.
 
-A fixed matrix on the logits is a secret only while nobody holds both sides. A thief who has k
-positions answered by an old snapshot, or by the open model that the teacher was made from, fits
+A fixed matrix on the logits stays secret only while no attacker has logits from before and after
+it. Suppose an attacker has k positions answered by an old snapshot too, or by the open model that
+the teacher was made from. The attacker fits
 
     log p  ~  log p' + R log p'        (each row centred, R of least norm)
 
-and applies it to everything the defended teacher says. Logits span no more dimensions than the
-teacher's hidden states have, so that as many pairs in general position undo any matrix that can be
-undone; fewer undo it on what they span. For M = I + B A, Woodbury's identity gives the inverse
-M^-1 = I - B (I + A B)^-1 A; the pairs need not know that form.
+and applies it to all answers of the defended teacher. Logits span at most as many dimensions as the
+teacher's hidden states have. That many pairs in general position undo any invertible matrix; fewer
+pairs undo it on the subspace that they span. For M = I + B A, Woodbury's identity gives the inverse
+M^-1 = I - B (I + A B)^-1 A; the fit does not need to know that form.
 """
 
 from dataclasses import dataclass
@@ -20,15 +21,15 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Inversion:
-    """A correction of low rank, kept as two factors: vocabulary squared is never stored."""
+    """A correction of low rank, stored as two factors instead of a vocab x vocab matrix."""
 
     left: Float[Tensor, "pairs vocab"]
-    """The corrections that the pairs ask for, solved for their likeness."""
+    """(Z' Z'^T + mu I)^-1 (Z - Z'), of the pairs' clean Z and defended Z'."""
     right: Float[Tensor, "pairs vocab"]
-    """The centred defended log-probabilities of the pairs."""
+    """Z': the centred defended log-probabilities of the pairs."""
 
     def undo(self, log_p: Float[Tensor, "positions vocab"]) -> Float[Tensor, "positions vocab"]:
-        """Log-probabilities as the undefended teacher would have given them."""
+        """An estimate of the undefended teacher's log-probabilities."""
         centred = _centred(log_p)
         return (centred + (centred @ self.right.T) @ self.left).log_softmax(-1)
 
@@ -45,7 +46,7 @@ def fit_inversion(
     Args:
         clean, defended: logits or log-probabilities of the same positions; rows are centred,
             because the softmax forgets their means.
-        ridge: how far the pairs are believed; rounded logprobs want more.
+        ridge: mu per mean squared norm; rounded logprobs need a larger one.
 
     Raises:
         ValueError: if there are no pairs, the two do not match, or the ridge is not positive.
@@ -57,12 +58,13 @@ def fit_inversion(
             "an inversion needs at least one pair of clean and defended logits of one shape, got "
             f"{tuple(clean.shape)} and {tuple(defended.shape)}"
         )
-    wanted, given = _centred(clean.double()), _centred(defended.double())
-    gram = given @ given.T
+    target, source = _centred(clean.double()), _centred(defended.double())
+    # The dual form solves a pairs x pairs system; pairs are fewer than tokens.
+    gram = source @ source.T
     damping = ridge * gram.diagonal().mean().clamp(min=torch.finfo(torch.float64).tiny)
     gram.diagonal().add_(damping)
-    left = torch.linalg.solve(gram, wanted - given)
-    return Inversion(left.to(clean.dtype), given.to(clean.dtype))
+    left = torch.linalg.solve(gram, target - source)
+    return Inversion(left.to(clean.dtype), source.to(clean.dtype))
 
 
 def _centred(rows: Tensor) -> Tensor:

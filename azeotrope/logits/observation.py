@@ -1,9 +1,9 @@
-"""What a thief sees of the teacher's next-token distributions.
+"""What an attacker sees of the teacher's next-token distributions.
 
-An API may give full logits, the logarithms of the likeliest probabilities, or rounded ones. What
-it gives becomes a set of *events* for each position: single tokens, and one event for the tail of
-all tokens not shown. A divergence over events is then exact about what was seen, and never
-pretends that the tail has no mass.
+An API may give full logits, the logarithms of the likeliest probabilities, or rounded ones. Each
+position's answer becomes a set of *events*: single tokens, and one event for the tail of all tokens
+that are not shown. A divergence over events is exact for the shown tokens, and keeps the mass of
+the tail.
 """
 
 import math
@@ -30,7 +30,7 @@ class View(Config):
 
     @property
     def label(self) -> str:
-        """`full`, or what is missing: `top_k=5`, `top_k=5,decimals=1`."""
+        """`full`, or the limits of the view: `top_k=5`, `top_k=5,decimals=1`."""
         parts = [f"top_k={self.top_k}"] if self.top_k is not None else []
         parts += [f"decimals={self.decimals}"] if self.decimals is not None else []
         return ",".join(parts) or "full"
@@ -38,10 +38,10 @@ class View(Config):
 
 @dataclass(frozen=True)
 class Events:
-    """Log-probabilities of what can be told apart, one row a position.
+    """Log-probabilities of the events that can be told apart, one row per position.
 
-    `tokens` names the token behind each event; None means every token in order. A tail, if there
-    is one, is the last event and has no token.
+    `tokens` has the token of each event; None means every token in order. A tail, if there is one,
+    is the last event and has no token.
     """
 
     log_p: Float[Tensor, "positions events"]
@@ -53,7 +53,7 @@ class Events:
 
 
 def observe(logits: Float[Tensor, "positions vocab"], view: View) -> Events:
-    """Turn a teacher's logits into what the API shows of them.
+    """The events that the API shows of a teacher's logits.
 
     Raises:
         ValueError: if `top_k` is larger than the vocabulary.
@@ -66,18 +66,18 @@ def observe(logits: Float[Tensor, "positions vocab"], view: View) -> Events:
             "lower it, or leave it out to see them all"
         )
     if view.top_k is None or view.top_k == vocab:
-        # Rounded probabilities do not sum to 1; the thief knows that they should.
+        # Rounded probabilities do not sum to 1; the attacker normalises them.
         return Events(log_p if view.decimals is None else _rounded(log_p, view).log_softmax(-1))
-    shown, tokens = log_p.topk(view.top_k, dim=-1)
+    likeliest, tokens = log_p.topk(view.top_k, dim=-1)
     if view.decimals is not None:
-        shown = _rounded(shown, view)
-    least = torch.full_like(shown[:, -1:], torch.finfo(shown.dtype).eps)
+        likeliest = _rounded(likeliest, view)
+    least = torch.full_like(likeliest[:, -1:], torch.finfo(likeliest.dtype).eps)
     if view.decimals is not None:
-        # Where rounding leaves no room for a tail, it is taken for as large as the last token that
-        # was shown, but for no more than rounding can hide.
-        least = torch.maximum(least, shown[:, -1:].exp().clamp(max=0.5 * 10.0**-view.decimals))
-    tail = torch.maximum(1.0 - shown.exp().sum(-1, keepdim=True), least).log()
-    return Events(torch.cat([shown, tail], -1).log_softmax(-1), tokens)
+        # Rounded probabilities may sum to 1 or more. Then the tail counts as large as the least
+        # likely shown token, but as no more than half a unit of the last decimal.
+        least = torch.maximum(least, likeliest[:, -1:].exp().clamp(max=0.5 * 10.0**-view.decimals))
+    tail = torch.maximum(1.0 - likeliest.exp().sum(-1, keepdim=True), least).log()
+    return Events(torch.cat([likeliest, tail], -1).log_softmax(-1), tokens)
 
 
 def _rounded(log_p: Tensor, view: View) -> Tensor:
@@ -91,23 +91,23 @@ def as_events(
     log_q = logits.log_softmax(-1)
     if like.tokens is None:
         return log_q
-    # Events that name no token (-1) read an impossible one, appended for them.
+    # Events without a token (-1) read an impossible token, which is appended for them.
     log_q = F.pad(log_q, (0, 1), value=-torch.inf)
     tokens = like.tokens.where(like.tokens >= 0, log_q.shape[-1] - 1)
-    shown = log_q.gather(-1, tokens)
+    named = log_q.gather(-1, tokens)
     if not like.has_tail:
-        return shown.log_softmax(-1)
-    # log(1 - sum q) from the other tokens themselves: the difference loses all digits near 1.
+        return named.log_softmax(-1)
+    # log(1 - sum q) is summed over the other tokens: the difference loses all digits near 1.
     rest = log_q.scatter(-1, tokens, -torch.inf).logsumexp(-1, keepdim=True)
-    # Where every token is named, the tail is as small as that of a teacher who leaves none.
+    # If every token is named, the tail is as small as `observe` makes the teacher's.
     rest = rest.masked_fill(rest == -torch.inf, math.log(torch.finfo(rest.dtype).eps))
-    return torch.cat([shown, rest], -1)
+    return torch.cat([named, rest], -1)
 
 
 def temper(
     log_p: Float[Tensor, "positions events"], temperature: float
 ) -> Float[Tensor, "positions events"]:
-    """softmax(log p / T) over the events; a tail is one event, since its inside is not known."""
+    """softmax(log p / T) over the events; a tail stays one event, since its tokens are unknown."""
     return log_p if temperature == 1 else (log_p / temperature).log_softmax(-1)
 
 
@@ -118,20 +118,20 @@ def merged(
 ) -> Events:
     """The same events for a student with another vocabulary.
 
-    Tokens that the student writes with the same next piece become one event of their summed
-    probability, and tokens that it cannot write (-1) none. All other pieces are the tail, to which
-    the teacher gives no more than rounding does. Where there was a tail already this is an
-    approximation: tokens in it may share their piece with one that was shown.
+    Tokens with the same next piece become one event of their summed probability. Tokens that the
+    student cannot write (-1) become none. All other pieces are the tail, to which the teacher gives
+    the smallest probability that rounding allows. If there was a tail before, this is an
+    approximation: its tokens may share their piece with a shown one.
 
     Args:
-        to_student: the student's next piece for every token of the teacher.
-        elsewhere: tokens that count for the tail, when every token was shown.
+        to_student: the student's next piece for every token of the teacher, or -1.
+        elsewhere: tokens that belong to the tail, if every token was shown.
     """
     log_p = events.log_p
     if events.tokens is None:
-        known = to_student >= 0
-        pieces, group = to_student[known].unique(return_inverse=True)
-        summed = _summed(log_p[:, known], group.expand(len(log_p), -1), len(pieces))
+        writable = to_student >= 0
+        pieces, group = to_student[writable].unique(return_inverse=True)
+        summed = _summed(log_p[:, writable], group.expand(len(log_p), -1), len(pieces))
         tail = log_p.new_full((len(log_p), 1), -torch.inf)
         if elsewhere is not None:
             tail = log_p.masked_fill(~elsewhere, -torch.inf).logsumexp(-1, keepdim=True)
@@ -141,18 +141,18 @@ def merged(
         return Events(joined.log_softmax(-1), pieces.expand(len(log_p), -1))
     tokens = to_student[events.tokens]
     count = tokens.shape[-1]
-    known = tokens >= 0
-    same = (tokens.unsqueeze(-1) == tokens.unsqueeze(-2)) & known.unsqueeze(-1)
+    writable = tokens >= 0
+    same = (tokens.unsqueeze(-1) == tokens.unsqueeze(-2)) & writable.unsqueeze(-1)
     first = same.int().argmax(-1)
-    shown = log_p[:, :count].masked_fill(~known, -torch.inf)
-    joined = torch.cat([_summed(shown, first, count), log_p[:, count:]], -1).log_softmax(-1)
-    # What was merged into an earlier event is no event of its own any more.
-    alone = known & (first == torch.arange(count, device=tokens.device))
+    named = log_p[:, :count].masked_fill(~writable, -torch.inf)
+    joined = torch.cat([_summed(named, first, count), log_p[:, count:]], -1).log_softmax(-1)
+    # An event that was merged into an earlier one has no token of its own.
+    alone = writable & (first == torch.arange(count, device=tokens.device))
     return Events(joined, tokens.masked_fill(~alone, -1))
 
 
 def _summed(log_p: Tensor, group: Tensor, groups: int) -> Tensor:
-    """log of the summed probabilities of each group, small ones kept: -inf is left to none."""
+    """Log of the summed probabilities of each group; -inf for a group without any."""
     start = log_p.new_full((len(log_p), groups), -torch.inf)
     largest = start.scatter_reduce(-1, group, log_p, "amax")
     largest = largest.masked_fill(largest == -torch.inf, 0.0)

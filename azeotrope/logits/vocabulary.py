@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 LEAST_SHARED = 0.5
+"""Smallest share of the teacher's tokens that a proxy must have."""
 
 
 def token_rows(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -17,12 +18,12 @@ def token_rows(tokenizer: PreTrainedTokenizerBase) -> int:
 
 @dataclass(frozen=True)
 class SharedVocabulary:
-    """Tokens both models know: `teacher_ids[i]` and `proxy_ids[i]` are the same string."""
+    """Tokens of both models: `teacher_ids[i]` and `proxy_ids[i]` are the same string."""
 
     teacher_ids: Int[Tensor, " shared"]
     proxy_ids: Int[Tensor, " shared"]
     to_proxy: Int[Tensor, " teacher_vocab"]
-    """The proxy's id for each teacher id; its unknown token where it has none."""
+    """The proxy's id for each teacher id; its unknown token for strings that it lacks."""
 
     @property
     def is_identity(self) -> bool:
@@ -37,25 +38,25 @@ def share(
 ) -> SharedVocabulary:
     """Match the vocabularies of a teacher and a proxy that reads the teacher's tokens.
 
-    Rows that pad an embedding beyond the tokenizer's vocabulary belong to no string, so they are
-    left out by themselves. Special tokens of the same role (begin, end, padding) count as the
-    same token even when they are spelled differently.
+    Rows that pad an embedding beyond the tokenizer's vocabulary belong to no string, so no match
+    contains them. Special tokens of the same role (begin, end, padding) count as the same token
+    even if their spelling differs.
 
     Raises:
-        ValueError: if the proxy knows less than half of the teacher's tokens: it could not read
-            what the teacher writes, and its distribution would mean nothing.
+        ValueError: if the proxy has less than half of the teacher's tokens. It could not read what
+            the teacher writes, and its distribution would mean nothing.
     """
     theirs = proxy.get_vocab()
     ours = dict(teacher.get_vocab())
     for role in ("bos_token", "eos_token", "pad_token", "unk_token"):
-        mine, other = getattr(teacher, role), getattr(proxy, role)
-        if mine is not None and other is not None and other in theirs:
-            theirs = {**theirs, mine: theirs[other]}
+        spelling, proxy_spelling = getattr(teacher, role), getattr(proxy, role)
+        if spelling is not None and proxy_spelling is not None and proxy_spelling in theirs:
+            theirs = {**theirs, spelling: theirs[proxy_spelling]}
     pairs = sorted((index, theirs[token]) for token, index in ours.items() if token in theirs)
     if len(pairs) < LEAST_SHARED * len(ours):
         raise ValueError(
             f"{proxy_name} shares {len(pairs)} of the teacher's {len(ours)} tokens; a proxy must "
-            f"know at least {LEAST_SHARED:.0%} of them. Take a proxy of the teacher's family"
+            f"know at least {LEAST_SHARED:.0%} of them. Use a proxy of the teacher's family"
         )
     fallback = proxy.unk_token_id if proxy.unk_token_id is not None else proxy.pad_token_id
     to_proxy = torch.full((max(ours.values()) + 1,), int(fallback or 0))  # type: ignore[arg-type]

@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from azeotrope.attacks.base import Attack, AttackConfig
 from azeotrope.attacks.logits.lessons import ComparedPositions, join_lessons, make_lesson
 from azeotrope.attacks.logits.teacher import TeacherHead
-from azeotrope.heads import chunked
+from azeotrope.heads.chunked import hidden_states
 from azeotrope.logits.alignment import next_pieces, same_vocabulary, spellings
 from azeotrope.logits.chunks import LOGITS_BUDGET, head_logits, token_chunks
 from azeotrope.logits.divergences import Divergence
@@ -137,7 +137,7 @@ class LogitAttack(Attack):
         """The mixed loss of some lessons, summed over the student's tokens."""
         pad = int(student.tokenizer.pad_token_id)  # type: ignore[arg-type]
         batch = collate([lesson.example for lesson in items], pad).to(student.device)
-        hidden = chunked.hidden_states(student.model, batch)
+        hidden = hidden_states(student.model, batch)
         head = student.model.get_output_embeddings()
         rows, positions = join_lessons(items, student.device)
         weight, bias = head.weight, head.bias  # type: ignore[union-attr]

@@ -161,7 +161,7 @@ def test_digits_inside_a_word_are_compared_where_everything_is_shown(
     for lesson, start in zip(full, top, strict=True):
         pieces = stranger.tokenizer.convert_ids_to_tokens(list(lesson.example.completion))
         assert lesson.at.tolist() == list(range(len(pieces)))
-        # Of tokens that are not shown, nobody knows how they go on.
+        # It is unknown how hidden tokens continue.
         assert not any(pieces[index].isdigit() for index in start.at.tolist())
         assert any(piece.isdigit() for piece in pieces)
 

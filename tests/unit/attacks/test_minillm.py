@@ -185,7 +185,7 @@ def test_the_loss_is_the_mixture_of_its_terms(teacher, student, traces) -> None:
         assert kd.item() > 1
 
 
-def test_without_distillation_nobody_is_asked(student, traces) -> None:
+def test_without_distillation_the_teacher_is_not_queried(student, traces) -> None:
     silent = load("pocket/teacher", device="cpu")
     attack = minillm(silent, student, kd_weight=0)
 
@@ -252,7 +252,7 @@ def test_a_teacher_must_be_attached_first(student, traces) -> None:
     ("settings", "message"),
     [
         ({"view": {"top_k": 5}}, "sees all of its logits; leave out view, pairs and agreement"),
-        ({"pairs": 5}, "leave out view, pairs and agreement, or take reverse_kl"),
+        ({"pairs": 5}, "leave out view, pairs and agreement, or use reverse_kl"),
         ({"agreement": True}, "leave out view, pairs and agreement"),
         ({"mix": 1.0}, "mix: .*less than 1, got 1.0"),
         ({"mix": -0.1}, "mix: .*greater than or equal to 0, got -0.1"),

@@ -15,7 +15,7 @@ from azeotrope.mixture import Mixture
 
 
 @pytest.mark.parametrize(("share", "temperature"), [(0.0, 1.0), (0.3, 1.0), (0.8, 1.7)])
-def test_the_next_token_is_the_mixtures_whoever_has_finished(
+def test_the_next_token_is_the_mixtures_when_other_rows_have_finished(
     share: float, temperature: float
 ) -> None:
     """Rows of other lengths end at other steps; the teacher's cache keeps up with all of them."""

@@ -1,4 +1,4 @@
-"""What a thief sees: every event's probability is the teacher's, and no mass is made up."""
+"""What an attacker sees: each event has the teacher's probability, and no mass is invented."""
 
 import math
 

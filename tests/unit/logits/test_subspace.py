@@ -29,7 +29,7 @@ def wide() -> LlamaForCausalLM:
     return llama()
 
 
-def steal(model: PreTrainedModel, prompts: int, tokens: int | None = None, **rules) -> Subspace:
+def recovered(model: PreTrainedModel, prompts: int, tokens: int | None = None, **rules) -> Subspace:
     vocab = model.config.vocab_size
     return recover_subspace(
         ModelOracle(model, **rules),
@@ -39,7 +39,7 @@ def steal(model: PreTrainedModel, prompts: int, tokens: int | None = None, **rul
 
 
 def test_the_hidden_size_of_a_pocket_model_is_recovered_exactly(small) -> None:
-    found = steal(small, prompts=110)
+    found = recovered(small, prompts=110)
     assert (found.hidden_size, found.saturated, found.label) == (96, False, "96")
     assert found.gap > 1000
     assert found.queries == 1 + 110 * 32
@@ -48,33 +48,33 @@ def test_the_hidden_size_of_a_pocket_model_is_recovered_exactly(small) -> None:
 
 
 def test_two_prompts_more_than_the_hidden_size_are_needed_and_enough(small) -> None:
-    assert steal(small, prompts=98).label == "96"
+    assert recovered(small, prompts=98).label == "96"
     # As many singular values as prompts - 1, and none of them shows where they end.
-    assert steal(small, prompts=97).label == ">= 96"
-    assert steal(small, prompts=60).label == ">= 59"
+    assert recovered(small, prompts=97).label == ">= 96"
+    assert recovered(small, prompts=60).label == ">= 59"
 
 
 def test_two_tokens_more_than_the_hidden_size_are_needed_and_enough(wide) -> None:
-    assert steal(wide, prompts=60, tokens=HIDDEN + 2).label == "48"
-    assert steal(wide, prompts=60, tokens=HIDDEN + 1).label == ">= 48"
-    assert steal(wide, prompts=60, tokens=20).label == ">= 19"
+    assert recovered(wide, prompts=60, tokens=HIDDEN + 2).label == "48"
+    assert recovered(wide, prompts=60, tokens=HIDDEN + 1).label == ">= 48"
+    assert recovered(wide, prompts=60, tokens=20).label == ">= 19"
 
 
 def test_a_hidden_size_beyond_the_vocabulary_gives_only_a_bound(teacher) -> None:
     assert teacher.config.hidden_size == 160
-    found = steal(teacher, prompts=140)
+    found = recovered(teacher, prompts=140)
     assert (found.hidden_size, found.saturated, found.gap) == (128, True, 1.0)
     assert found.label == ">= 128"
 
 
 def test_a_part_of_a_large_vocabulary_is_enough(wide) -> None:
-    found = steal(wide, prompts=64, tokens=100)
+    found = recovered(wide, prompts=64, tokens=100)
     assert (found.hidden_size, found.saturated) == (HIDDEN, False)
     assert found.queries == 1 + 64 * 25
 
 
 def test_the_basis_spans_the_head_up_to_a_constant(wide) -> None:
-    found = steal(wide, prompts=64, tokens=100)
+    found = recovered(wide, prompts=64, tokens=100)
     basis = found.basis
     torch.testing.assert_close(basis @ basis.T, torch.eye(HIDDEN).double(), rtol=0, atol=1e-9)
     torch.testing.assert_close(basis.sum(1), torch.zeros(HIDDEN).double(), rtol=0, atol=1e-6)
@@ -104,8 +104,8 @@ def test_a_map_of_low_rank_folded_into_the_head_leaves_the_hidden_size(wide) -> 
     )
     weight, _ = fold(wide.lm_head.weight.detach(), None, up * 0.1, down * 0.1)
     found, clean = (
-        steal(with_head(weight), prompts=64, tokens=100),
-        steal(wide, prompts=64, tokens=100),
+        recovered(with_head(weight), prompts=64, tokens=100),
+        recovered(wide, prompts=64, tokens=100),
     )
     assert found.label == clean.label == "48"
     # It has moved the subspace: some direction of the old one is now outside.
@@ -116,14 +116,14 @@ def test_a_map_of_low_rank_folded_into_the_head_leaves_the_hidden_size(wide) -> 
 
 def test_a_bias_of_the_head_adds_no_dimension(wide) -> None:
     bias = 3 * torch.randn(VOCAB, generator=torch.Generator().manual_seed(5))
-    found = steal(with_head(wide.lm_head.weight.detach(), bias), prompts=64, tokens=100)
+    found = recovered(with_head(wide.lm_head.weight.detach(), bias), prompts=64, tokens=100)
     assert found.label == "48"
 
 
 def test_a_direction_that_moves_all_logits_alike_is_lost(wide) -> None:
     weight = wide.lm_head.weight.detach().clone()
     weight[:, 0] = 1.0
-    assert steal(with_head(weight), prompts=64, tokens=100).label == "47"
+    assert recovered(with_head(weight), prompts=64, tokens=100).label == "47"
 
 
 def test_a_layer_norm_costs_one_dimension() -> None:
@@ -134,18 +134,18 @@ def test_a_layer_norm_costs_one_dimension() -> None:
     model = GPT2LMHeadModel(config).eval()
     with torch.no_grad():
         model.transformer.ln_f.bias.normal_()
-    assert steal(model, prompts=64, tokens=100).label == "47"
+    assert recovered(model, prompts=64, tokens=100).label == "47"
 
 
 def test_fine_rounding_is_seen_through(small) -> None:
-    found = steal(small, prompts=130, decimals=3)
+    found = recovered(small, prompts=130, decimals=3)
     assert (found.label, found.queries) == ("96", 4161)
     assert 3 < found.gap < 100
 
 
 @pytest.mark.parametrize(("decimals", "least"), [(2, 70), (1, 40)])
 def test_coarse_rounding_leaves_a_bound_that_holds(small, decimals: int, least: int) -> None:
-    found = steal(small, prompts=200, decimals=decimals)
+    found = recovered(small, prompts=200, decimals=decimals)
     assert found.saturated
     assert found.hidden_size is not None
     assert least <= found.hidden_size <= 96
@@ -163,7 +163,7 @@ def test_coarse_rounding_is_undone_by_asking_again(wide) -> None:
 
 @pytest.mark.parametrize("decimals", [None, 2])
 def test_without_a_bias_nothing_is_learnt(small, decimals: int | None) -> None:
-    found = steal(small, prompts=110, allow_bias=False, decimals=decimals)
+    found = recovered(small, prompts=110, allow_bias=False, decimals=decimals)
     assert (found.hidden_size, found.saturated, found.label) == (None, False, "nothing")
     assert found.refused == "logit_bias cannot be combined with logprobs"
     # One query to see how many tokens are shown, and the one that was refused.
