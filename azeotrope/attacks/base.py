@@ -63,11 +63,16 @@ class Attack:
 
         Raises:
             ValueError: if a trace cannot be read as the attack needs it.
+            TypeError: if a subclass does not override it.
         """
         raise TypeError(f"{type(self).__name__} does not say how it reads traces")
 
-    def loss(self, student: Loaded, items: list[Example]) -> TokenSum:
-        """The summed loss of some samples."""
+    def loss(self, student: Loaded, examples: list[Example]) -> TokenSum:
+        """The summed loss of some samples.
+
+        Raises:
+            TypeError: if a subclass does not override it.
+        """
         raise TypeError(f"{type(self).__name__} has no loss")
 
 

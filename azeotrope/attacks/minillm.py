@@ -104,7 +104,7 @@ class MiniLlm(LogitAttack):
         length = self.config.max_length
         return [example_of(trace, student.tokenizer, task, boundary, length) for trace in traces]
 
-    def loss(self, student: Loaded, items: list[Any]) -> TokenSum:
+    def loss(self, student: Loaded, examples: list[Any]) -> TokenSum:
         """The mixed loss, summed over the tokens of the observed texts.
 
         A text that the student writes counts for as many tokens as the observed text of the same
@@ -112,21 +112,21 @@ class MiniLlm(LogitAttack):
         at every step.
         """
         pad = int(student.tokenizer.pad_token_id)  # type: ignore[arg-type]
-        text = sequence_loss(student.model, collate(items, pad).to(student.device))
+        text = sequence_loss(student.model, collate(examples, pad).to(student.device))
         weight = self.config.kd_weight
         total = (1 - weight) * text.total
         if weight:
-            written = self.write(student, items)
-            kd = self.distance(student, written, [len(item.completion) for item in items])
+            written = self.write(student, examples)
+            kd = self.distance(student, written, [len(example.completion) for example in examples])
             total = total + weight * self.config.temperature**2 * kd
         return TokenSum(total, text.count)
 
-    def write(self, student: Loaded, items: Sequence[Example]) -> list[Example]:
+    def write(self, student: Loaded, examples: Sequence[Example]) -> list[Example]:
         """Answers drawn from the mixture of student and teacher, one for each prompt."""
         assert self.teacher is not None
         assert self.teacher.model is not None
         tokenizer, model = student.tokenizer, student.model
-        prompts = [item.prompt for item in items]
+        prompts = [example.prompt for example in examples]
         pad = int(tokenizer.pad_token_id)  # type: ignore[arg-type]
         policy = Mixture(
             self.teacher.model,
@@ -144,14 +144,14 @@ class MiniLlm(LogitAttack):
             Sampling(temperature=1.0, max_new_tokens=self.config.max_new_tokens),
             eos_id=int(tokenizer.eos_token_id),  # type: ignore[arg-type]
             pad_id=pad,
-            seeds=[row_seed(item.id, torch.initial_seed()) for item in items],
+            seeds=[row_seed(example.id, torch.initial_seed()) for example in examples],
             adjust_logits=policy,
         )
         model.train(was_training)
         flags = [(False,) * len(completion.ids) for completion in completions]
         return [
-            Example(item.id, item.prompt, completion.ids, flag, flag)
-            for item, completion, flag in zip(items, completions, flags, strict=True)
+            Example(example.id, example.prompt, completion.ids, flag, flag)
+            for example, completion, flag in zip(examples, completions, flags, strict=True)
         ]
 
     def distance(
@@ -186,7 +186,7 @@ class MiniLlm(LogitAttack):
             return (scale * step).sum()
 
         ours = hidden_states(student.model, batch)
-        labels, sizes = batch.targets[batch.mask], [len(item.completion) for item in written]
+        labels, sizes = batch.targets[batch.mask], [len(example.completion) for example in written]
         width = max(len(weight), teacher.rows)  # type: ignore[arg-type]
         with torch.no_grad():
             theirs = hidden_states(teacher.model, batch)

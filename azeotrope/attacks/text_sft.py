@@ -38,9 +38,9 @@ class TextSft(Attack):
             for trace in traces
         ]
 
-    def loss(self, student: Loaded, items: list[Example]) -> TokenSum:
+    def loss(self, student: Loaded, examples: list[Example]) -> TokenSum:
         pad = int(student.tokenizer.pad_token_id)  # type: ignore[arg-type]
-        return sequence_loss(student.model, collate(items, pad).to(student.device))
+        return sequence_loss(student.model, collate(examples, pad).to(student.device))
 
 
 def build(config: Config) -> TextSft:

@@ -12,13 +12,13 @@ References: Yang et al. 2023, "Conditional Mutual Information Constrained Deep L
 Classification", arXiv:2309.09123.
 """
 
-import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
+from scipy import stats
 from torch import Tensor
 
 from azeotrope.logits.chunks import LOGITS_BUDGET, head_logits, token_chunks
@@ -57,7 +57,6 @@ def conditional_mutual_information(
     texts: Int[Tensor, " texts"],
     bias: Float[Tensor, " vocab"] | None = None,
     *,
-    temperature: float = 1.0,
     least: int = 2,
     seed: int = 0,
     budget: int = LOGITS_BUDGET,
@@ -67,7 +66,7 @@ def conditional_mutual_information(
     Texts are split at random into two halves. Each half's distributions are compared with the
     centroids of the other half, and the value is the mean over both,
 
-        1/n sum_t KL( softmax(z_t / T) || Q_y(t) of the half without t ).
+        1/n sum_t KL( softmax(z_t) || Q_y(t) of the half without t ).
 
     Any Q in place of Q_y gives an upper bound in expectation, as long as it does not depend on the
     text that it is compared with. Positions of one text resemble each other, so the split is by
@@ -83,31 +82,17 @@ def conditional_mutual_information(
         targets: the token that follows each position, which is Y.
         texts: for each position the number of its text. Several answers to one problem should
             count as one text.
-        temperature: T; divides the logits.
         least: occurrences that a token needs in each half.
         seed: of the split and of the interval.
 
     Raises:
         ValueError: if lengths differ, a target is not in the vocabulary, there are fewer than four
-            texts, no token occurs often enough in both halves, temperature or least are not
-            positive, or a logit is not finite.
+            texts, no token occurs often enough in both halves, `least` is not positive, or a logit
+            is not finite.
     """
-    _check(hidden, weight, targets, texts, temperature, least)
+    _check(hidden, weight, targets, texts, least)
     cells = _split(targets, texts, least, seed)
-    head = _Head(hidden, weight, bias, temperature)
-    # Half the budget is for centroids and half for the logits of a chunk.
-    per_group = max(budget // (4 * len(weight)), 1)
-    divergence = torch.zeros(len(cells.rows), dtype=torch.float64, device=hidden.device)
-    pooled = 0.0
-    for first in range(0, cells.labels, per_group):
-        last = min(first + per_group, cells.labels)
-        start, stop = (int(cells.starts[2 * label]) for label in (first, last))
-        group = slice(start, stop)
-        group_sums, entropy = _group(
-            head, cells.rows[group], cells.cell[group] - 2 * first, 2 * (last - first), budget // 2
-        )
-        divergence[group] = group_sums.divergence
-        pooled += float(group_sums.negentropy.sum()) + entropy
+    divergence, pooled = _all_groups(_Head(hidden, weight, bias), cells, budget)
     if not torch.isfinite(divergence).all():
         raise ValueError("a logit is not finite; check the hidden states and the head")
     per_text, counts = _per_text(divergence, cells.text)
@@ -127,11 +112,9 @@ class _Head(NamedTuple):
     hidden: Tensor
     weight: Tensor
     bias: Tensor | None
-    temperature: float
 
     def log_p(self, rows: Tensor) -> Tensor:
-        logits = head_logits(self.hidden[rows], self.weight, self.bias)
-        return (logits / self.temperature).log_softmax(-1)
+        return head_logits(self.hidden[rows], self.weight, self.bias).log_softmax(-1)
 
 
 class _Cells(NamedTuple):
@@ -167,6 +150,24 @@ def _split(targets: Tensor, texts: Tensor, least: int, seed: int) -> _Cells:
     rows = rows[order]
     starts = torch.cat([counts.new_zeros(1), counts[frequent].flatten().cumsum(0)])
     return _Cells(rows, cell, text[rows], starts, int(frequent.sum()))
+
+
+def _all_groups(head: _Head, cells: _Cells, budget: int) -> tuple[Tensor, float]:
+    """KL of each covered position to the other half's centroid, and their sum to pooled ones."""
+    # Half the budget is for centroids, of which a label has two, and half for a chunk's logits.
+    per_group = max(budget // (4 * len(head.weight)), 1)
+    divergence = torch.zeros(len(cells.rows), dtype=torch.float64, device=head.hidden.device)
+    pooled = 0.0
+    for first in range(0, cells.labels, per_group):
+        last = min(first + per_group, cells.labels)
+        start, stop = (int(cells.starts[2 * label]) for label in (first, last))
+        group = slice(start, stop)
+        terms, entropy = _group(
+            head, cells.rows[group], cells.cell[group] - 2 * first, 2 * (last - first), budget // 2
+        )
+        divergence[group] = terms.divergence
+        pooled += float(terms.negentropy.sum()) + entropy
+    return divergence, pooled
 
 
 class _PositionTerms(NamedTuple):
@@ -226,18 +227,19 @@ def _per_text(divergence: Tensor, text: Tensor) -> tuple[np.ndarray, np.ndarray]
 
 def _interval(sums: np.ndarray, counts: np.ndarray, seed: int) -> tuple[float, float]:
     """95 % percentile interval of sum / count over texts drawn with replacement."""
-    rng = np.random.default_rng(seed)
-    means = np.empty(DRAWS)
-    for draw in range(DRAWS):
-        chosen = rng.integers(len(sums), size=len(sums))
-        means[draw] = sums[chosen].sum() / counts[chosen].sum()
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(low), float(high)
+    interval = stats.bootstrap(
+        (sums, counts),
+        lambda sums, counts, axis: sums.sum(axis) / counts.sum(axis),
+        n_resamples=DRAWS,
+        vectorized=True,
+        paired=True,
+        method="percentile",
+        random_state=np.random.default_rng(seed),
+    ).confidence_interval
+    return float(interval.low), float(interval.high)
 
 
-def _check(
-    hidden: Tensor, weight: Tensor, targets: Tensor, texts: Tensor, temperature: float, least: int
-) -> None:
+def _check(hidden: Tensor, weight: Tensor, targets: Tensor, texts: Tensor, least: int) -> None:
     if not len(hidden) == len(targets) == len(texts) or len(hidden) == 0:
         raise ValueError(
             "hidden states, targets and texts must be of the same positions, at least one; got "
@@ -248,7 +250,5 @@ def _check(
             f"targets must be in the head's vocabulary of {len(weight)}; got "
             f"{int(targets.min())} to {int(targets.max())}"
         )
-    if not (temperature > 0 and math.isfinite(temperature)):
-        raise ValueError(f"temperature must be a positive number, got {temperature}")
     if least < 1:
         raise ValueError(f"least must be 1 or more, got {least}")

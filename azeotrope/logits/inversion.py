@@ -23,15 +23,15 @@ from torch import Tensor
 class Inversion:
     """A correction of low rank, stored as two factors instead of a vocab x vocab matrix."""
 
-    left: Float[Tensor, "pairs vocab"]
+    corrections: Float[Tensor, "pairs vocab"]
     """(Z' Z'^T + mu I)^-1 (Z - Z'), of the pairs' clean Z and defended Z'."""
-    right: Float[Tensor, "pairs vocab"]
+    defended: Float[Tensor, "pairs vocab"]
     """Z': the centred defended log-probabilities of the pairs."""
 
     def undo(self, log_p: Float[Tensor, "positions vocab"]) -> Float[Tensor, "positions vocab"]:
         """An estimate of the undefended teacher's log-probabilities."""
         centred = _centred(log_p)
-        return (centred + (centred @ self.right.T) @ self.left).log_softmax(-1)
+        return (centred + (centred @ self.defended.T) @ self.corrections).log_softmax(-1)
 
 
 def fit_inversion(
@@ -59,12 +59,12 @@ def fit_inversion(
             f"{tuple(clean.shape)} and {tuple(defended.shape)}"
         )
     target, source = _centred(clean.double()), _centred(defended.double())
-    # The dual form solves a pairs x pairs system; pairs are fewer than tokens.
+    # The dual form solves a pairs x pairs system in place of a vocab x vocab one.
     gram = source @ source.T
     damping = ridge * gram.diagonal().mean().clamp(min=torch.finfo(torch.float64).tiny)
     gram.diagonal().add_(damping)
-    left = torch.linalg.solve(gram, target - source)
-    return Inversion(left.to(clean.dtype), source.to(clean.dtype))
+    corrections = torch.linalg.solve(gram, target - source)
+    return Inversion(corrections.to(clean.dtype), source.to(clean.dtype))
 
 
 def _centred(rows: Tensor) -> Tensor:

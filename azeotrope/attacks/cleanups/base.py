@@ -86,6 +86,7 @@ class Cleanup:
 
         Raises:
             ValueError: if the attacker does not own what this clean-up needs.
+            TypeError: if a subclass does not override it.
         """
         raise TypeError(f"{type(self).__name__} does not say how it cleans traces")
 

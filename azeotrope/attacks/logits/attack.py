@@ -80,6 +80,11 @@ class LogitAttack(Attack):
         self.inversion: Inversion | None = None
 
     def divergences(self) -> tuple[Divergence, ...]:
+        """The divergences of which the largest sum is taken.
+
+        Raises:
+            TypeError: if a subclass does not override it.
+        """
         raise TypeError(f"{type(self).__name__} does not say which divergence it uses")
 
     def attach(self, teacher: TeacherHead, student: Loaded) -> None:
@@ -133,13 +138,13 @@ class LogitAttack(Attack):
             for trace in traces
         ]
 
-    def loss(self, student: Loaded, items: list[Any]) -> TokenSum:
+    def loss(self, student: Loaded, lessons: list[Any]) -> TokenSum:
         """The mixed loss of some lessons, summed over the student's tokens."""
         pad = int(student.tokenizer.pad_token_id)  # type: ignore[arg-type]
-        batch = collate([lesson.example for lesson in items], pad).to(student.device)
+        batch = collate([lesson.example for lesson in lessons], pad).to(student.device)
         hidden = hidden_states(student.model, batch)
         head = student.model.get_output_embeddings()
-        rows, positions = join_lessons(items, student.device)
+        rows, positions = join_lessons(lessons, student.device)
         weight, bias = head.weight, head.bias  # type: ignore[union-attr]
 
         def part(states: Tensor, labels: Tensor, rows: Tensor) -> Tensor:

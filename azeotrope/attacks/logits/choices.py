@@ -29,7 +29,11 @@ class DivergenceChoice(Config):
     name: str
 
     def functions(self) -> tuple[Divergence, ...]:
-        """The divergences of which the larger sum is taken; one but for `alphanet`."""
+        """The divergences of which the largest sum is taken; all choices but `alphanet` have one.
+
+        Raises:
+            TypeError: if a subclass does not override it.
+        """
         raise TypeError(f"{type(self).__name__} names no function")
 
 

@@ -78,7 +78,7 @@ def test_fewer_pairs_undo_it_in_part() -> None:
 def test_without_a_defense_nothing_changes() -> None:
     clean, _ = answers(20, seed=8)
     found = fit_inversion(clean, clean)
-    assert not found.left.any()
+    assert not found.corrections.any()
     torch.testing.assert_close(found.undo(clean), clean)
 
 
@@ -108,7 +108,7 @@ def test_the_ridge_decides_how_far_rounded_pairs_are_believed() -> None:
 def test_float32_in_float32_out_with_no_digits_lost() -> None:
     clean, defended = (x.float() for x in answers(4 * HIDDEN, seed=8))
     found = fit_inversion(clean, defended)
-    assert found.left.dtype == found.right.dtype == torch.float32
+    assert found.corrections.dtype == found.defended.dtype == torch.float32
     truth, new = (x.float() for x in answers(50, seed=9))
     assert divergences.forward_kl(truth, found.undo(new)).mean() < 1e-4
 
