@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
@@ -70,6 +73,22 @@ def write_json(path: Path, data: Any) -> None:
         ValueError: if a number is not finite, which JSON cannot say.
     """
     write_text(path, json.dumps(data, indent=1, allow_nan=False) + "\n")
+
+
+def write_parquet(table: pa.Table, path: Path) -> None:
+    """Write one Parquet file, whole or not at all.
+
+    Raises:
+        OSError: if the disk is full or the folder cannot be written to.
+    """
+    try:
+        with written_whole(path) as temporary:
+            pq.write_table(table, temporary, compression="zstd")
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"could not write {path} ({error.strerror or error}); finished files are kept",
+        ) from error
 
 
 def _umask() -> int:

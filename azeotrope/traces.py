@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from transformers import PreTrainedTokenizerBase
 
-from azeotrope.files import written_whole
+from azeotrope.files import write_parquet
 from azeotrope.problems import Problem, Task
 from azeotrope.tokens import Boundary, Example, encode
 
@@ -161,22 +161,6 @@ def read_traces(source: Path) -> list[Trace]:
             traces.append(Trace(**row))
     _refuse_repeats((trace.id for trace in traces), str(source))
     return traces
-
-
-def write_parquet(table: pa.Table, path: Path) -> None:
-    """Write one Parquet file, whole or not at all.
-
-    Raises:
-        OSError: if the disk is full or the folder cannot be written to.
-    """
-    try:
-        with written_whole(path) as temporary:
-            pq.write_table(table, temporary, compression="zstd")
-    except OSError as error:
-        raise OSError(
-            error.errno,
-            f"could not write {path} ({error.strerror or error}); finished files are kept",
-        ) from error
 
 
 def _refuse_repeats(ids: Iterable[str], file: str) -> None:

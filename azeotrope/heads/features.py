@@ -18,9 +18,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from azeotrope.files import write_parquet
 from azeotrope.heads.chunked import hidden_states
 from azeotrope.tokens import Batch, Example, collate
-from azeotrope.traces import write_parquet
 
 _SCHEMA = pa.schema(
     [
