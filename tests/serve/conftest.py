@@ -1,13 +1,14 @@
-"""What tests of the serving side share: a real engine, gateways with stores of their own, a server.
+"""Fixtures for tests of serving: real engines, gateways with their own stores, and servers.
 
 - `engine`: the transformers engine on `pocket/teacher`, one for the whole session.
-- `gateway_factory()`: a gateway on it, its keys, quotas and audit log in a folder of its own. What
-  it is made of can be replaced: `gateway_factory(policy, undefended=engine, name="teacher")`.
-- `marked`: an engine of its own on the same teacher, with a watermark while it decodes; `reference`
-  says what its numbers must be. Both are in `witness`.
-- `guarded(policy)`: a gateway with both engines watched, and a key of each tier (in `witness`).
-- `live_server(app)`: serves an application with uvicorn on a free port of this machine and returns
-  its address; `live_server(create_app(gateway_factory()))` is the whole gateway.
+- `small_engine`: the same on `pocket/small`, whose answers are different.
+- `gateway_factory()`: a gateway on `engine`, with keys, quotas and audit log in its own folder. Its
+  parts can be replaced: `gateway_factory(policy, undefended=engine, name="teacher")`.
+- `marked`: an engine on the same teacher with a watermark while decoding; `reference` computes its
+  log-probabilities independently. Both are in `witness`.
+- `guarded(policy)`: a gateway whose engines record requests, and one key per tier (in `witness`).
+- `live_server(app)`: serves an application with uvicorn on a free local port and returns its
+  address; `live_server(create_app(gateway_factory()))` is the whole gateway.
 
 Keys are made with `gateway.keys.create("alice")`, which returns the record and the token.
 `settled_usage(gateway)` is the ledger after the last answer has been written to it.
@@ -67,8 +68,19 @@ def engine(teacher: "Loaded") -> "Iterator[TransformersEngine]":
 
 
 @pytest.fixture(scope="session")
+def small_engine() -> "Iterator[TransformersEngine]":
+    """A teacher with different answers, so that no test confuses it with `engine`."""
+    from azeotrope import models
+    from azeotrope.engine.transformers import TransformersEngine
+
+    engine = TransformersEngine(models.load("pocket/small", device="cpu"))
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="session")
 def marked(teacher: "Loaded") -> "Iterator[TransformersEngine]":
-    """The teacher behind a decoding defense that moves nearly every number."""
+    """The teacher behind a decoding defense that changes nearly every log-probability."""
     from witness import WATERMARK
 
     from azeotrope.engine.transformers import TransformersEngine
@@ -80,7 +92,7 @@ def marked(teacher: "Loaded") -> "Iterator[TransformersEngine]":
 
 @pytest.fixture(scope="session")
 def reference(teacher: "Loaded") -> "Reference":
-    """Log-probabilities from the model itself, with the defense of `marked` and without."""
+    """Log-probabilities computed from the model, with and without the defense of `marked`."""
     from witness import Reference
 
     return Reference(teacher)
@@ -130,7 +142,7 @@ def gateway_factory(
 
     yield make
     for gateway in made:
-        # A server that ran has done it; a second time does nothing.
+        # A server that ran has closed it already, and closing twice does nothing.
         gateway.log.close()
 
 
@@ -180,7 +192,7 @@ def live_server() -> Iterator[Callable[["FastAPI"], str]]:
 
 @pytest.fixture(scope="session")
 def settled_usage() -> "Callable[[Gateway], list[Usage]]":
-    """The ledger's rows once no request is open: settling goes on after the last byte is out."""
+    """The ledger's rows once no request is open. Settling continues after the last byte is sent."""
 
     def read(gateway: "Gateway") -> "list[Usage]":
         until = time.monotonic() + SETTLE_S

@@ -42,7 +42,7 @@ def client(url: str, token: str) -> openai.OpenAI:
 
 
 class Failing(Engine):
-    """An engine that writes so many chunks and then breaks, the first `times` times."""
+    """An engine that fails after a number of chunks, for the first `times` requests."""
 
     def __init__(self, inner: Engine, *, after: int, times: int) -> None:
         self.inner, self.after, self.times, self.asked = inner, after, times, 0
@@ -58,7 +58,7 @@ class Failing(Engine):
 
 
 class Slow(Engine):
-    """An engine that writes one token again and again until it is told to stop."""
+    """An engine that repeats one token until it is closed."""
 
     def __init__(self, inner: Engine) -> None:
         self.inner, self.rows, self.began, self.closed = inner, 0, 0, 0
@@ -87,7 +87,7 @@ def wait_until_free(slow: Slow) -> None:
 def opened(
     gateway_factory: Any, live_server: Server
 ) -> Callable[..., tuple[Gateway, str, openai.OpenAI]]:
-    """A gateway that answers at an address, and a client with a key of its only tier."""
+    """A gateway that serves over HTTP, and a client with a key of its only tier."""
 
     def make(engine: Engine | None = None, **tier: Any) -> tuple[Gateway, str, openai.OpenAI]:
         rules = {"logprobs": "topk", "decimals": DECIMALS, **tier}
@@ -100,7 +100,7 @@ def opened(
 
 @pytest.fixture
 def greedy(teacher: Loaded) -> str:
-    """What the teacher says to the question, by the reference path of this project."""
+    """The teacher's greedy answer to the question, by the library's own generation."""
     (made,) = generate(
         teacher.model,
         [encode_prompt(teacher.tokenizer, question())],
@@ -110,9 +110,6 @@ def greedy(teacher: Loaded) -> str:
     )
     ids = made.ids[:-1] if made.finished else made.ids
     return decode(teacher.tokenizer, ids)
-
-
-# Answers ---------------------------------------------------------------------------------------
 
 
 def test_greedy_text_and_numbers_are_the_models_own(
@@ -136,13 +133,13 @@ def test_greedy_text_and_numbers_are_the_models_own(
         for shown in (item, *item.top_logprobs):
             number = float(row[ids[shown.token]])
             assert shown.logprob == pytest.approx(number, abs=10**-DECIMALS)
-    # The end of the sequence is written, and is not among the tokens.
+    # The end-of-sequence token is written and billed, but is not part of the answer.
     assert answer.usage.prompt_tokens == len(prompt)
     assert answer.usage.completion_tokens == len(written)
     assert answer.usage.total_tokens == len(prompt) + len(written)
 
 
-def test_a_stream_says_the_same_and_tells_its_usage(opened: Any, greedy: str) -> None:
+def test_a_stream_has_the_same_text_and_its_usage(opened: Any, greedy: str) -> None:
     _, _, ask = opened()
     whole = ask.chat.completions.create(**asked())
     parts = list(
@@ -169,7 +166,7 @@ def test_an_answer_can_be_sent_back_as_a_turn(whole: bool, opened: Any) -> None:
     assert second.choices[0].message.content == same.choices[0].message.content
 
 
-def test_completions_take_prompts_n_stops_and_seeds(opened: Any) -> None:
+def test_completions_accept_prompts_n_stops_and_seeds(opened: Any) -> None:
     _, _, ask = opened()
     drawn: dict[str, Any] = {"model": "teacher", "temperature": 1.0, "max_tokens": 12, "seed": 3}
     once, again = (
@@ -209,10 +206,10 @@ def test_models_are_listed(opened: Any) -> None:
         ask.models.retrieve("other")
 
 
-def test_rewriting_shows_the_rewritten_text_alone(
+def test_only_the_rewritten_text_is_sent(
     gateway_factory: Any, live_server: Server, greedy: str
 ) -> None:
-    """The stream waits for the whole text, so it says it in one event."""
+    """A stream waits for the whole text, so it has one event with text."""
     gateway: Gateway = gateway_factory()
     gateway.model = replace(gateway.model, rewriting=(build(Config()),))
     ask = client(live_server(create_app(gateway)), gateway.keys.create("alice")[1])
@@ -223,10 +220,7 @@ def test_rewriting_shows_the_rewritten_text_alone(
     assert said == [expected]
 
 
-# Refusals --------------------------------------------------------------------------------------
-
-
-def test_each_refusal_is_an_error_of_its_own(opened: Any) -> None:
+def test_each_refusal_has_its_own_error(opened: Any) -> None:
     gateway, url, ask = opened()
     wrong: list[tuple[dict[str, Any], type[openai.APIStatusError], str | None]] = [
         ({"temperature": 3}, openai.BadRequestError, "temperature"),
@@ -248,7 +242,7 @@ def test_each_refusal_is_an_error_of_its_own(opened: Any) -> None:
     assert (answer.status_code, answer.json()["error"]["code"]) == (413, "too_large")
 
 
-def test_quotas_are_told_and_refused_with_a_time(opened: Any) -> None:
+def test_quotas_are_in_the_headers_and_refusals_say_how_long(opened: Any) -> None:
     _, _, ask = opened(requests_per_minute=2)
     left = [
         ask.chat.completions.with_raw_response.create(**asked(max_tokens=1)).headers[
@@ -265,7 +259,7 @@ def test_quotas_are_told_and_refused_with_a_time(opened: Any) -> None:
     assert headers["x-ratelimit-remaining-requests"] == "0"
 
 
-def test_a_revoked_key_is_refused_within_its_cache(opened: Any) -> None:
+def test_a_revoked_key_is_refused_when_its_cache_expires(opened: Any) -> None:
     gateway, url, _ = opened()
     record, token = gateway.keys.create("gone")
     ask = client(url, token)
@@ -274,9 +268,6 @@ def test_a_revoked_key_is_refused_within_its_cache(opened: Any) -> None:
     time.sleep(1.1)
     with pytest.raises(openai.AuthenticationError):
         ask.models.list()
-
-
-# Failures --------------------------------------------------------------------------------------
 
 
 def test_an_aborted_stream_is_settled_and_frees_its_row(
@@ -295,7 +286,7 @@ def test_an_aborted_stream_is_settled_and_frees_its_row(
     assert 5 <= row.completion_tokens < 64
 
 
-def test_an_answer_that_nobody_waits_for_is_settled_and_frees_its_row(
+def test_an_answer_to_a_disconnected_client_is_settled_and_frees_its_row(
     opened: Any, engine: Engine, settled_usage: Any
 ) -> None:
     slow = Slow(engine)
@@ -309,7 +300,7 @@ def test_an_answer_that_nobody_waits_for_is_settled_and_frees_its_row(
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_an_engine_that_fails_at_first_is_asked_once_more(
+def test_a_request_is_repeated_once_if_the_engine_fails_at_first(
     stream: bool, opened: Any, engine: Engine, settled_usage: Any
 ) -> None:
     failing = Failing(engine, after=0, times=1)
@@ -342,9 +333,6 @@ def test_an_engine_that_fails_later_ends_the_stream_with_an_error(
     assert failing.asked == 1
     (row,) = settled_usage(gateway)
     assert row.completion_tokens > 0
-
-
-# Operations ------------------------------------------------------------------------------------
 
 
 def test_a_gateway_without_its_store_is_alive_and_not_ready(opened: Any, tmp_path: Any) -> None:

@@ -39,7 +39,7 @@ def client(url: str, token: str) -> openai.OpenAI:
 
 
 class Gated(Engine):
-    """An engine that begins when it is let."""
+    """An engine that begins when the test allows it."""
 
     def __init__(self, inner: Engine) -> None:
         self.inner, self.waiting, self.gate = inner, 0, threading.Event()
@@ -55,7 +55,7 @@ class Gated(Engine):
 
 @contextlib.contextmanager
 def held(gated: Gated, ask: openai.OpenAI, **more: Any) -> Iterator[None]:
-    """While the block runs one request is in the engine; then it is answered."""
+    """Keep one request in the engine while the block runs; then it is answered."""
     with ThreadPoolExecutor(1) as pool:
         answer = pool.submit(lambda: ask.chat.completions.create(**asked(**more)))
         try:
@@ -69,10 +69,7 @@ def held(gated: Gated, ask: openai.OpenAI, **more: Any) -> Iterator[None]:
         assert answer.result(WAIT_S).choices[0].message.content
 
 
-# Too much at once ------------------------------------------------------------------------------
-
-
-def test_a_key_has_so_many_completions_under_way(
+def test_a_key_has_a_limit_of_completions_at_once(
     gateway_factory: Any, live_server: Server, engine: Engine
 ) -> None:
     gated = Gated(engine)
@@ -86,7 +83,7 @@ def test_a_key_has_so_many_completions_under_way(
                 alice.chat.completions.create(**asked(stream=stream))
             assert caught.value.response.headers["retry-after"] == "1"
             assert "completions at once" in caught.value.message
-        # It is this key's limit and nobody else's; and three at once never fit.
+        # The limit holds for this key only. Three completions of one request can never fit.
         with pytest.raises(openai.RateLimitError, match="ask for fewer"):
             bob.chat.completions.create(**asked(n=3))
         gated.gate.set()
@@ -95,7 +92,7 @@ def test_a_key_has_so_many_completions_under_way(
     assert gated.waiting == 4
 
 
-def test_a_replica_has_so_many_requests_in_flight(
+def test_a_replica_has_a_limit_of_requests_at_once(
     gateway_factory: Any, live_server: Server, engine: Engine
 ) -> None:
     gated = Gated(engine)
@@ -107,14 +104,14 @@ def test_a_replica_has_so_many_requests_in_flight(
             bob.chat.completions.create(**asked(stream=True))
         assert (caught.value.status_code, caught.value.code) == (503, "overloaded")
         assert caught.value.response.headers["retry-after"] == "1"
-        # Who is refused for load is not billed, and who has no key is told nothing about it.
+        # A refusal for load is not billed, and requests without a key do not learn about the load.
         assert {row.key for row in gateway.ledger.usage()} == {_id(gateway, "alice")}
         with pytest.raises(openai.AuthenticationError):
             client(url, "az-nobody").chat.completions.create(**asked())
     assert bob.chat.completions.create(**asked()).choices
 
 
-def test_a_body_that_does_not_come_is_not_waited_for(
+def test_a_body_that_does_not_arrive_is_given_up(
     gateway_factory: Any, live_server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(service, "BODY_S", 0.3)
@@ -131,7 +128,7 @@ def test_a_body_that_does_not_come_is_not_waited_for(
     answer = httpx.post(f"{url}{CHAT}", content=slowly(), headers=headers, timeout=10)
     assert answer.status_code == 408
     check_refusal(answer)
-    # Its place is free again.
+    # Its slot is free again.
     assert client(url, token).chat.completions.create(**asked()).choices
 
 
@@ -144,7 +141,7 @@ def _id(gateway: Gateway, name: str) -> str:
     ("limits", "said"),
     [({"requests_per_minute": 1}, "requests"), ({"tokens_per_day": 30}, "day")],
 )
-def test_a_rotated_key_is_the_customer_of_the_old_one(
+def test_a_rotated_key_belongs_to_the_same_customer(
     limits: dict[str, int], said: str, gateway_factory: Any, settled_usage: Any
 ) -> None:
     gateway: Gateway = gateway_factory(Policy(tiers={"standard": Tier(**limits)}))
@@ -166,10 +163,10 @@ def test_a_rotated_key_is_the_customer_of_the_old_one(
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_full_queue_is_told_before_the_first_token(
+def test_a_full_queue_is_reported_before_the_first_token(
     stream: bool, gateway_factory: Any, teacher: Loaded, settled_usage: Any
 ) -> None:
-    """Four completions do not fit an engine with one place and one that waits."""
+    """Four completions do not fit an engine with one row and a queue of one."""
     small = TransformersEngine(teacher, rows=1, queue=1)
     try:
         gateway: Gateway = gateway_factory(engine=small)
@@ -180,7 +177,7 @@ def test_a_full_queue_is_told_before_the_first_token(
         check_refusal(refused)
         assert refused.json()["error"]["code"] == "overloaded"
         assert int(refused.headers["retry-after"]) > 0
-        # Its other completions are not written for nobody.
+        # The other completions of the request are stopped too.
         (row,) = settled_usage(gateway)
         assert row.completion_tokens < 64
         (answer,) = send(gateway, [Call(CHAT, token, asked())])
@@ -189,7 +186,7 @@ def test_a_full_queue_is_told_before_the_first_token(
         small.close()
 
 
-def test_an_answer_that_takes_too_long_is_given_up(
+def test_an_answer_that_takes_too_long_is_ended(
     gateway_factory: Any, engine: Engine, settled_usage: Any
 ) -> None:
     gateway: Gateway = gateway_factory(Policy(timeout_s=0.2), engine=Gated(engine))
@@ -201,11 +198,8 @@ def test_an_answer_that_takes_too_long_is_given_up(
     assert (row.open_requests, row.completion_tokens) == (0, 0)
 
 
-# Keys that look like a thief's -----------------------------------------------------------------
-
-
 def collecting(gateway: Gateway, token: str) -> list[httpx.Response]:
-    """One after another, as many as are looked at together and three more."""
+    """Requests one after another: enough for one score, and three more."""
     texts = [f"question {n} : think step by step , then answer ." for n in range(EVERY + 3)]
     calls = [
         Call(CHAT, token, asked(max_tokens=1, messages=[{"role": "user", "content": text}]))
@@ -215,7 +209,7 @@ def collecting(gateway: Gateway, token: str) -> list[httpx.Response]:
 
 
 @pytest.mark.parametrize("action", ["observe", "throttle", "block"])
-def test_who_collects_reasoning_is_noted_throttled_or_blocked(
+def test_a_collector_of_reasoning_is_logged_throttled_or_blocked(
     action: str, gateway_factory: Any
 ) -> None:
     rules = Extraction(action=action, threshold=0.3, every=EVERY, throttle=0.1)  # type: ignore[arg-type]
@@ -240,14 +234,14 @@ def test_who_collects_reasoning_is_noted_throttled_or_blocked(
     assert (line["key"], line["account"], line["action"]) == (record.id, record.id, action)
     assert line["score"] >= 0.3
     assert any("reasoning" in reason for reason in line["reasons"])
-    # Words of the requests are not in the log, and other keys go on as before.
+    # The log has no words of the requests, and other keys are not affected.
     assert "question 1" not in "".join(line["reasons"])
     (answer,) = send(gateway, [Call(CHAT, other, asked())])
     assert (answer.status_code, answer.headers["x-ratelimit-limit-requests"]) == (200, "600")
 
 
 @pytest.mark.parametrize("action", ["observe", "block"])
-def test_who_keeps_asking_for_numbers_that_he_does_not_get_is_seen(
+def test_repeated_refused_requests_for_log_probabilities_are_scored(
     action: str, gateway_factory: Any
 ) -> None:
     rules = Extraction(action=action, threshold=0.3, every=EVERY)  # type: ignore[arg-type]
@@ -266,8 +260,8 @@ def test_who_keeps_asking_for_numbers_that_he_does_not_get_is_seen(
     assert "secret words" not in kept
 
 
-def test_other_refusals_do_not_hide_what_a_key_asks(gateway_factory: Any) -> None:
-    """They are free: in the window they would push out what was answered."""
+def test_other_refusals_do_not_hide_the_requests_of_a_key(gateway_factory: Any) -> None:
+    """Refusals cost nothing, so they must not push answered requests out of the window."""
     rules = Extraction(threshold=0.3, every=EVERY)
     gateway: Gateway = gateway_factory(Policy(extraction=rules))
     _, token = gateway.keys.create("alice")
@@ -276,10 +270,7 @@ def test_other_refusals_do_not_hide_what_a_key_asks(gateway_factory: Any) -> Non
     assert len(gateway._suspicion._watch) == 0
 
 
-# What cannot be asked or written ---------------------------------------------------------------
-
-
-def test_nothing_is_answered_that_cannot_be_logged(
+def test_a_request_that_cannot_be_logged_is_not_answered(
     gateway_factory: Any, tmp_path: Any, settled_usage: Any
 ) -> None:
     gateway: Gateway = gateway_factory()
@@ -292,7 +283,7 @@ def test_nothing_is_answered_that_cannot_be_logged(
         assert answer.status_code == 503, answer.text
         check_refusal(answer)
         assert answer.json()["error"]["code"] == "store_unavailable"
-        # Where a store lies is nobody's business outside.
+        # Clients do not learn where a store is.
         assert "space" not in answer.text
     (row,) = settled_usage(gateway)
     assert (row.requests, row.open_requests) == (1, 0)
@@ -301,7 +292,7 @@ def test_nothing_is_answered_that_cannot_be_logged(
 def test_a_stream_that_cannot_be_logged_ends_with_an_error(
     gateway_factory: Any, tmp_path: Any, settled_usage: Any
 ) -> None:
-    """Its words are out already; the client must not take it for a whole one."""
+    """Its text was sent already, and the client must not take it for a complete answer."""
     gateway: Gateway = gateway_factory()
     _, token = gateway.keys.create("alice")
     gateway.log = FullLog(tmp_path / "full", room=1)
@@ -320,7 +311,7 @@ def test_a_key_that_another_process_revokes_stops_within_a_second(
     record, token = gateway.keys.create("gone")
     ask = client(live_server(create_app(gateway)), token)
     assert ask.models.list().data
-    # As `azeotrope keys revoke` opens it.
+    # This opens the store like `azeotrope keys revoke`.
     SqliteKeyStore(gateway.keys._database.path).revoke(record.id)
     since = time.monotonic()
     while _is_taken(ask):
@@ -349,7 +340,7 @@ def test_old_decisions_are_removed_when_a_gateway_starts(
         time.sleep(POLL_S)
 
 
-def test_a_key_of_an_unknown_tier_is_told_to_the_operator_once(
+def test_a_key_of_an_unknown_tier_is_reported_to_the_operator_once(
     gateway_factory: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     gateway: Gateway = gateway_factory(Policy(tiers={"standard": Tier()}))
@@ -358,7 +349,7 @@ def test_a_key_of_an_unknown_tier_is_told_to_the_operator_once(
     calls = [Call(CHAT, name, asked()) for name in (token, token, other_token, "az-nobody")]
     answers = send(gateway, calls)
     assert {answer.status_code for answer in answers} == {401}
-    # Its owner learns no more than a stranger.
+    # The key's owner gets the same refusal as for an unknown key.
     assert len({answer.text for answer in answers}) == 1
     said = [entry.getMessage() for entry in caplog.records if "no tier" in entry.getMessage()]
     assert sorted(said) == sorted(
@@ -369,7 +360,7 @@ def test_a_key_of_an_unknown_tier_is_told_to_the_operator_once(
     assert answer.status_code == 200
 
 
-def test_metrics_name_no_key_and_no_word(gateway_factory: Any) -> None:
+def test_metrics_contain_no_key_and_no_text(gateway_factory: Any) -> None:
     gateway: Gateway = gateway_factory()
     record, token = gateway.keys.create("customer-name")
     _, watcher = gateway.keys.create("watcher", features=["metrics"])

@@ -26,17 +26,17 @@ from gateway.policy import Policy
 
 
 def summarised(text: str) -> tuple[str, str]:
-    """The gateway's own line, and the answer."""
+    """The line of the summary, and the answer."""
     found = re.fullmatch(r"(\[\d+ steps? of reasoning (?:is|are) not shown\])?\n?(.*)", text)
     assert found is not None, text
     return found[1] or "", found[2]
 
 
 @pytest.mark.parametrize("mode", ["cut", "summary"])
-def test_no_word_of_the_reasoning_leaves(
+def test_no_word_of_the_reasoning_is_sent(
     mode: str, guarded: Callable[..., Guarded], teacher: Loaded, reference: Reference
 ) -> None:
-    """Wherever the completion is cut, streamed or not, with numbers and with stops in between."""
+    """At any length, streamed or not, with log-probabilities and with stop strings."""
     made = guarded(Policy(tiers={"hidden": wide(logprobs="topk", decimals=4, reasoning=mode)}))
     token, tokenizer = made.keys["hidden"], teacher.tokenizer
     calls: list[Call] = []
@@ -59,22 +59,22 @@ def test_no_word_of_the_reasoning_leaves(
         line, text = summarised(choice.text) if mode == "summary" else ("", choice.text)
         assert text == allowed, (call.body, whole)
         assert not set(line.split()) & {"begins", "so", "plus", "at", "that", "then"}
-        # Numbers are of the words that are shown and of no other.
+        # Log-probabilities belong to the visible words only.
         assert decode(tokenizer, [reference.ids[name] for name in choice.tokens]) == allowed
         check(reference.numbers(request, wrote, choice), 4)
         answered += bool(allowed)
         if not call.body["stream"]:
-            # Hidden words are written and paid for.
+            # Hidden words are written and billed.
             assert answer.json()["usage"]["completion_tokens"] == len(wrote)
     assert answered > 20
     assert made.undefended.asked == {}
 
 
 @pytest.mark.parametrize("mode", ["cut", "summary"])
-def test_reasoning_that_the_prompt_opened_does_not_leave(
+def test_reasoning_that_the_prompt_opened_is_not_sent(
     mode: str, guarded: Callable[..., Guarded], teacher: Loaded, reference: Reference
 ) -> None:
-    """The completion has no opening tag then, and no closing one where it is cut or may not be."""
+    """Such a completion has no opening tag, and no closing tag if it is cut or may not write it."""
     policy = Policy(
         tiers={
             "hidden": wide(logprobs="topk", decimals=4, reasoning=mode),
@@ -82,7 +82,7 @@ def test_reasoning_that_the_prompt_opened_does_not_leave(
         }
     )
     made = guarded(policy)
-    # Its reasoning has words in it that look like an answer's first.
+    # The reasoning contains words that look like the start of an answer.
     boundary = Boundary(answer_pattern="####|begins|so|at|is")
     made.gateway.model = replace(made.gateway.model, boundary=boundary)
     close = next(id for name, id in reference.ids.items() if name.strip() == "</think>")
@@ -109,7 +109,7 @@ def test_reasoning_that_the_prompt_opened_does_not_leave(
             names = [reference.ids[name] for name in choice.tokens]
             assert decode(teacher.tokenizer, names) == (text if "logprobs" in call.body else "")
             answered += bool(text)
-            # What would have been taken for the answer.
+            # This is the part that looks like an answer.
             tempting += not closed and bool(re.search(boundary.answer_pattern, whole))
     assert answered > 20
     assert tempting > 50
@@ -118,7 +118,7 @@ def test_reasoning_that_the_prompt_opened_does_not_leave(
 def test_a_ban_of_the_tags_shows_no_reasoning(
     guarded: Callable[..., Guarded], reference: Reference
 ) -> None:
-    """Who forbids the words that end the reasoning gets none of it, and no answer either."""
+    """A client that bans the tags that end the reasoning gets neither reasoning nor answer."""
     made = guarded(Policy(tiers={"hidden": wide(bans=True, reasoning="cut")}))
     ids = {name.strip(): id for name, id in reference.ids.items()}
     question = questions(1)[0]

@@ -1,8 +1,7 @@
-"""What leaves a gateway, beside what the model itself says: for the tests of leaks.
+"""Answers of a gateway compared with the model itself, for the tests of leaks.
 
-The reference is computed here from the model's logits and the list of green tokens, and shares no
-step with the engine: prompts and completions in one forward pass, without a cache and without
-batches.
+The reference is computed from the model's logits and the list of green tokens. It shares no step
+with the engine: prompt and completion are in one forward pass, without a cache and without batches.
 """
 
 import asyncio
@@ -27,27 +26,27 @@ from gateway.service import Gateway
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 WATERMARK = {"name": "watermark", "strength": 4.0, "context": 1, "key": "the operator's own key"}
-"""With a context of one token all but the first number of a completion are moved."""
+"""A context of one token changes all log-probabilities but the first of a completion."""
 FLOAT_ERROR = 2e-4
-"""In nats, between two ways to compute the same log-probability in float32."""
+"""The difference in nats between two ways to compute a log-probability in float32."""
 
 
 class FullLog(AuditLog):
-    """A log on a disk that has room for a few lines."""
+    """A log on a disk with space for a few lines."""
 
     def __init__(self, folder: Path, *, room: int) -> None:
         super().__init__(folder)
         self.room = room
 
-    def write(self, *given: Any, **values: Any) -> None:
+    def write(self, *args: Any, **values: Any) -> None:
         self.room -= 1
         if self.room < 0:
             raise AuditLogError("the audit log cannot be written (no space left on device)")
-        super().write(*given, **values)
+        super().write(*args, **values)
 
 
 class Recording(Engine):
-    """An engine that passes everything on, and remembers what it was asked and what it wrote."""
+    """An engine that passes requests on and records them and the tokens written."""
 
     def __init__(self, inner: Engine) -> None:
         self.inner = inner
@@ -65,43 +64,43 @@ class Recording(Engine):
 
 @dataclass
 class Choice:
-    """One completion as a client got it, whole or from its events."""
+    """One completion as a client received it, whole or from its events."""
 
     text: str = ""
     finish: str | None = None
     tokens: list[str] = field(default_factory=list)
     values: list[float] = field(default_factory=list)
-    """Of the tokens written."""
+    """Log-probabilities of the tokens written."""
     top: list[dict[str, float]] = field(default_factory=list)
 
 
 def events(body: str) -> list[dict[str, Any]]:
-    """The events of a stream, which must end as it should."""
+    """The events of a stream, which must end with `[DONE]`."""
     lines = [line for line in body.split("\n\n") if line]
     assert lines[-1] == "data: [DONE]", body[-300:]
     return [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
 
 
 def choices(answer: httpx.Response) -> dict[int, Choice]:
-    """The completions of an answer by their numbers; streams are put together."""
+    """The completions of an answer by their index; the events of a stream are joined."""
     assert answer.status_code == 200, answer.text
     streams = answer.headers["content-type"].startswith("text/event-stream")
-    found: dict[int, Choice] = {}
+    completions: dict[int, Choice] = {}
     for part in events(answer.text) if streams else [answer.json()]:
         for item in part["choices"]:
-            _add(found.setdefault(item["index"], Choice()), item)
-    return found
+            _add(completions.setdefault(item["index"], Choice()), item)
+    return completions
 
 
 def _add(choice: Choice, item: dict[str, Any]) -> None:
-    said = item.get("message") or item.get("delta") or item
-    choice.text += said.get("content" if said is not item else "text") or ""
+    message = item.get("message") or item.get("delta") or item
+    choice.text += message.get("content" if message is not item else "text") or ""
     choice.finish = item["finish_reason"] or choice.finish
     numbers = item.get("logprobs") or {}
     for token in numbers.get("content", ()):
         choice.tokens.append(token["token"])
         choice.values.append(token["logprob"])
-        choice.top.append({other["token"]: other["logprob"] for other in token["top_logprobs"]})
+        choice.top.append({likely["token"]: likely["logprob"] for likely in token["top_logprobs"]})
     choice.tokens += numbers.get("tokens", ())
     choice.values += numbers.get("token_logprobs", ())
     choice.top += numbers.get("top_logprobs", ()) if "tokens" in numbers else ()
@@ -109,7 +108,7 @@ def _add(choice: Choice, item: dict[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class Number:
-    """A log-probability that left, and what it would be with and without the defense."""
+    """A log-probability that a client received, and its reference with and without the defense."""
 
     shown: float
     defended: float
@@ -117,7 +116,7 @@ class Number:
 
 
 class Reference:
-    """What the teacher says, with the watermark of these tests and without it."""
+    """The teacher's log-probabilities, with the watermark of these tests and without it."""
 
     def __init__(self, loaded: Loaded) -> None:
         self.loaded = loaded
@@ -129,7 +128,7 @@ class Reference:
 
     @torch.inference_mode()
     def undefended(self, prompt: Sequence[int], written: Sequence[int]) -> torch.Tensor:
-        """Logits from which each token of a completion was chosen: [tokens, vocab], float64."""
+        """The logits before each token of a completion: [tokens, vocab], float64."""
         ids = torch.tensor([[*prompt, *written]])
         logits = self.loaded.model(input_ids=ids, use_cache=False).logits[0].double()
         return logits[len(prompt) - 1 : -1]
@@ -140,27 +139,27 @@ class Reference:
         """Every number of a choice with its reference.
 
         Args:
-            wrote: by the engine, of which the choice shows a part.
-            defended: False for what the undefended engine wrote.
+            wrote: the tokens of the engine; the choice has a part of them.
+            defended: False for tokens of the undefended engine.
         """
         if not choice.tokens:
             return []
-        shown = [self.ids[name] for name in choice.tokens]
-        start = _place(shown, wrote)
-        logits = self.undefended(request.prompt, wrote[: start + len(shown)])
+        visible = [self.ids[name] for name in choice.tokens]
+        start = _start_of(visible, wrote)
+        logits = self.undefended(request.prompt, wrote[: start + len(visible)])
         moved = logits + self._green(request, wrote[: len(logits)]) if defended else logits
         before, after = logits.log_softmax(-1), moved.log_softmax(-1)
-        found: list[Number] = []
+        numbers: list[Number] = []
         for row, own, value, top in zip(
-            range(start, len(logits)), shown, choice.values, choice.top or [{}] * len(shown),
+            range(start, len(logits)), visible, choice.values, choice.top or [{}] * len(visible),
             strict=True,
         ):  # fmt: skip
             pairs = [(own, value), *((self.ids[name], number) for name, number in top.items())]
-            found += [
+            numbers += [
                 Number(number, float(after[row, id]), float(before[row, id]))
                 for id, number in pairs
             ]
-        return found
+        return numbers
 
     def _green(self, request: EngineRequest, wrote: Sequence[int]) -> torch.Tensor:
         strength = WATERMARK["strength"] if request.strength is None else request.strength
@@ -174,19 +173,19 @@ class Reference:
         return strength * torch.tensor([list(row) for row in rows], dtype=torch.float64)
 
 
-def _place(shown: Sequence[int], wrote: Sequence[int]) -> int:
-    """Where a run of tokens stands in a completion; the last place, for what is hidden is first."""
-    for start in range(len(wrote) - len(shown), -1, -1):
-        if list(wrote[start : start + len(shown)]) == list(shown):
+def _start_of(visible: Sequence[int], wrote: Sequence[int]) -> int:
+    """The last start of these tokens in a completion, because hidden tokens come first."""
+    for start in range(len(wrote) - len(visible), -1, -1):
+        if list(wrote[start : start + len(visible)]) == list(visible):
             return start
-    raise AssertionError(f"{shown} was shown, and {list(wrote)} was written")
+    raise AssertionError(f"{visible} was sent, but {list(wrote)} was written")
 
 
 def check(numbers: Sequence[Number], decimals: int) -> int:
     """Every number is the defended one, rounded; returns how many could have been a leak.
 
-    Where both distributions are within a step of the rounding, and of what two ways to compute a
-    number differ by, it betrays neither.
+    If both distributions give the same value within rounding and floating-point error, the number
+    reveals neither.
     """
     step = 10.0**-decimals
     telling = 0
@@ -212,20 +211,20 @@ class Call:
 
     @property
     def arguments(self) -> dict[str, Any]:
-        given = [*self.headers]
+        headers = [*self.headers]
         if self.token is not None:
-            given.append((b"authorization", f"Bearer {self.token}".encode()))
+            headers.append((b"authorization", f"Bearer {self.token}".encode()))
         content = self.body
         if content is not None and not isinstance(content, bytes):
             content = json.dumps(content).encode()
-        return {"method": self.method, "url": self.path, "headers": given, "content": content}
+        return {"method": self.method, "url": self.path, "headers": headers, "content": content}
 
 
 def send(gateway: Gateway, calls: Sequence[Call], *, at_once: int = 64) -> list[httpx.Response]:
-    """Answers in order, many at once so that the engine has full batches."""
+    """Answers in order. Many requests run at once, so that the engine has full batches."""
 
     async def go() -> list[httpx.Response]:
-        # What the application raises is answered by itself, as behind a server.
+        # The application answers its own exceptions, as behind a server.
         transport = httpx.ASGITransport(create_app(gateway), raise_app_exceptions=False)
         gate = asyncio.Semaphore(at_once)
         async with httpx.AsyncClient(transport=transport, base_url="http://gateway") as client:
@@ -234,10 +233,10 @@ def send(gateway: Gateway, calls: Sequence[Call], *, at_once: int = 64) -> list[
                 async with gate:
                     return await client.request(**call.arguments)
 
-            found = await asyncio.gather(*map(one, calls))
+            answers = await asyncio.gather(*map(one, calls))
         # The loop must not end before the bills are written.
         await gateway.open.close()
-        return list(found)
+        return list(answers)
 
     return asyncio.run(go())
 
@@ -271,8 +270,8 @@ def questions(count: int) -> list[str]:
 
 
 def body(path: str, question: str, **more: Any) -> dict[str, Any]:
-    asked = {"prompt": question} if path == TEXT else {"messages": [user(question)]}
-    return {"model": "teacher", "max_tokens": 64, "temperature": 0, **asked, **more}
+    prompt = {"prompt": question} if path == TEXT else {"messages": [user(question)]}
+    return {"model": "teacher", "max_tokens": 64, "temperature": 0, **prompt, **more}
 
 
 def user(content: Any) -> dict[str, Any]:
@@ -287,7 +286,7 @@ def wide(**more: Any) -> Tier:
 
 @dataclass(frozen=True)
 class Guarded:
-    """A gateway with both engines watched, and a key of each tier."""
+    """A gateway whose engines record their requests, and one key per tier."""
 
     gateway: Gateway
     defended: Recording
