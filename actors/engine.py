@@ -58,7 +58,7 @@ def chosen(kind: Kind) -> Literal["vllm", "transformers"]:
     return kind
 
 
-def build_engine(settings: EngineSettings) -> Any:
+def build_engine(settings: EngineSettings) -> Engine:
     """Load the model; takes seconds."""
     if chosen(settings.kind) == "vllm":
         from actors.vllm_engine import VllmEngine
@@ -101,7 +101,7 @@ class EngineReplica:
             self._open -= 1
 
     async def ready(self) -> bool:
-        return bool(self._engine.healthy)
+        return self._engine.healthy
 
     async def check_health(self) -> None:
         """Asked by Serve, which replaces a replica that raises."""
@@ -120,6 +120,15 @@ class RemoteEngine(Engine):
     def __init__(self, handle: DeploymentHandle) -> None:
         self._stream = handle.options(stream=True)
         self._call = handle
+        self._healthy = True
+
+    @property
+    def healthy(self) -> bool:
+        """What the last call of `ready` found; true before the first one."""
+        return self._healthy
+
+    def close(self) -> None:
+        """Nothing to free in this process: Serve ends the replicas with the deployment."""
 
     async def generate(self, request: EngineRequest) -> AsyncGenerator[Chunk]:
         # With stream=True a call gives a generator, which its annotation does not know.
@@ -141,11 +150,13 @@ class RemoteEngine(Engine):
             response.cancel()
 
     async def ready(self) -> bool:
+        """Whether a replica answers and is healthy."""
         try:
             async with asyncio.timeout(PROBE_TIMEOUT_S):
-                return bool(await self._call.ready.remote())
+                self._healthy = bool(await self._call.ready.remote())
         except (TimeoutError, RayError, RayServeException):
-            return False
+            self._healthy = False
+        return self._healthy
 
 
 def deployment(settings: EngineSettings, name: str, options: dict[str, Any]) -> serve.Application:

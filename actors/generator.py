@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from pydantic import Field
 
 from actors.threads import use_one_thread_on_cpu
@@ -57,20 +56,13 @@ def run(job: GenerationJob) -> int:
     """Make one shard; returns its number of rows."""
     task = build_task(job.task)
     problems = task.problems(job.split, job.count, skip=job.start)
-    active = [defenses.resolve(dict(item)) for item in job.decoding]
-
-    def adjust(logits: torch.Tensor, prefixes: list[list[int]]) -> torch.Tensor:
-        for defense in active:
-            logits = defense.adjust_logits(logits, prefixes)
-        return logits
-
     traces = collect(
         _model(job.model),
         task,
         problems,
         job.sampling,
         origin=Origin(job.seed, job.sample, job.label, job.defense),
-        adjust_logits=adjust if active else None,
+        hooks=[defenses.resolve(dict(settings)) for settings in job.decoding],
     )
     write_traces(Path(job.output), traces)
     return len(traces)

@@ -17,6 +17,7 @@ from transformers import AutoConfig
 from azeotrope import models
 from azeotrope.engine.protocol import (
     Chunk,
+    Engine,
     EngineBusyError,
     EngineError,
     EngineRequest,
@@ -45,7 +46,7 @@ _CPU = {
 }
 
 
-class VllmEngine:
+class VllmEngine(Engine):
     """Continuous batching by vLLM, with decoding defenses as its logits processors.
 
     The same request with the same seed writes the same tokens, but sampled ones are not those of

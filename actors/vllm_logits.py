@@ -1,16 +1,15 @@
 """Decoding defenses inside vLLM, for both generations of its logits processors.
 
-vLLM has two model runners, and each refuses the other's processors: `V1Processor` is for the first
-(CPUs, and GPUs without Triton), `V2Processor` for the second (GPUs). Which one runs is only known
-from vLLM's finished configuration; `processor_for` looks there.
+vLLM has two model runners, and each refuses the other one's processors: `V1Processor` is for the
+first (CPUs, and GPUs without Triton), `V2Processor` for the second (GPUs). Only vLLM's finished
+configuration says which one runs; `processor_for` reads it there.
 
-What is configured comes in vLLM's `additional_config`, what belongs to one request in its
-`extra_args`, which the engine adapter alone writes. Both processors act before temperature and
-nucleus, and last of all processors, so whatever is banned stays banned.
+The configured defenses come in vLLM's `additional_config`. Settings of a single request come in its
+`extra_args`, which only the engine adapter writes. Both processors act before temperature and
+nucleus and after all other processors, so banned tokens stay banned.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,23 +22,13 @@ from vllm.v1.worker.gpu.sample import (  # pyright: ignore[reportMissingImports]
     logits_processor as v2,
 )
 
-from azeotrope.defenses.base import Defense
+from azeotrope.decoding import DecodingRow, DecodingSession
 from azeotrope.engine.variants import DefenseVariants
 
 CONFIGURED = "azeotrope_decoding"
 """In `additional_config`: plain configurations of decoding defenses, in the order they act."""
 STRENGTH, KEY, BANNED = "azeotrope_strength", "azeotrope_watermark_key", "azeotrope_banned"
-"""In `extra_args`: what a request has of its own."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """What happens to one completion's logits."""
-
-    defenses: tuple[Defense, ...]
-    banned: tuple[int, ...]
-    written: list[int]
-    """The completion so far; the same list from the first step to the last."""
+"""In `extra_args`: settings of a single request."""
 
 
 def processor_for(config: Any) -> str:
@@ -60,7 +49,7 @@ def processor_for(config: Any) -> str:
 
 
 def check_params(params: Any) -> None:
-    """Refuse what would show the undefended model, or comes from elsewhere than the adapter.
+    """Refuse parameters that would show the undefended model, or that the adapter did not write.
 
     Raises:
         ValueError: which vLLM turns into a refusal of this one request.
@@ -75,40 +64,26 @@ def check_params(params: Any) -> None:
         )
 
 
-def _variants(config: Any) -> DefenseVariants:
-    return DefenseVariants(config.additional_config.get(CONFIGURED, ()))
+class _RowMaker:
+    """Makes rows out of vLLM's requests."""
 
+    def __init__(self, config: Any) -> None:
+        self._variants = DefenseVariants(config.additional_config.get(CONFIGURED, ()))
 
-def _row(variants: DefenseVariants, params: Any, written: list[int]) -> Row | None:
-    """None where nothing is done to the logits."""
-    asked = params.extra_args or {}
-    defenses = variants.kept(asked.get(STRENGTH), asked.get(KEY))
-    banned = tuple(asked.get(BANNED, ()))
-    return Row(defenses, banned, written) if defenses or banned else None
-
-
-def defend(logits: Tensor, rows: Mapping[int, Row]) -> Tensor:
-    """Change the rows of [rows, vocab] logits in place; those not in `rows` stay as they are."""
-    groups: dict[tuple[Defense, ...], list[int]] = {}
-    for index, row in rows.items():
-        if row.defenses:
-            groups.setdefault(row.defenses, []).append(index)
-    for defenses, indices in groups.items():
-        at = torch.tensor(indices, device=logits.device)
-        adjusted = logits[at]
-        for defense in defenses:
-            adjusted = defense.adjust_logits(adjusted, [rows[index].written for index in indices])
-        logits[at] = adjusted
-    for index, row in rows.items():
-        if row.banned:
-            logits[index, torch.tensor(row.banned, device=logits.device)] = -torch.inf
-    return logits
+    def row(self, params: Any, prompt: Sequence[int], written: list[int]) -> DecodingRow | None:
+        """The row of a request; None if nothing changes its logits."""
+        extra = params.extra_args or {}
+        defenses = self._variants.cached(extra.get(STRENGTH), extra.get(KEY))
+        banned = tuple(extra.get(BANNED, ()))
+        if not defenses and not banned:
+            return None
+        return DecodingRow(tuple(prompt), defenses, banned, written)
 
 
 class V1Processor(v1.LogitsProcessor):
-    """For the first model runner, which tells where each request's row is and shares its tokens.
+    """For the first model runner, which reports where each request's row is and shares its tokens.
 
-    Rows whose prompt is still being read in parts are adjusted too; vLLM drops what comes of it.
+    Rows whose prompt is still being read in parts are adjusted too; vLLM drops the result.
     """
 
     @classmethod
@@ -116,33 +91,44 @@ class V1Processor(v1.LogitsProcessor):
         check_params(sampling_params)
 
     def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
-        self._variants = _variants(vllm_config)
-        self._rows: dict[int, Row] = {}
+        self._maker, self._session = _RowMaker(vllm_config), DecodingSession()
+        self._rows: dict[int, DecodingRow] = {}
 
     def is_argmax_invariant(self) -> bool:
         # Otherwise greedy rows would be written undefended.
         return False
 
     def update_state(self, batch_update: Any) -> None:
+        """Follow the rows of the batch.
+
+        A request that is not scheduled in a step leaves the batch, and comes back later as a new
+        row with the same completion. A new row may take the index of one that left, which is then
+        not among the removed ones; so the rows before and after are compared.
+        """
+        before = set(self._rows.values())
         process_dict_updates(
             self._rows,
             batch_update,
-            lambda params, _, written: _row(self._variants, params, written),
+            # No prompt: vLLM was given embeddings in place of token ids, which we never send.
+            lambda params, prompt, written: self._maker.row(params, prompt or (), written),
         )
+        after = set(self._rows.values())
+        self._session.drop(before - after)
+        self._session.add(row for row in self._rows.values() if row not in before)
 
     def apply(self, logits: Tensor) -> Tensor:
-        return defend(logits, self._rows)
+        return self._session.adjust(logits, self._rows)
 
 
 class V2Processor(v2.LogitsProcessor):
-    """For the second model runner, whose rows change places in every step and have fixed slots.
+    """For the second model runner, whose requests have fixed slots and a new order in every step.
 
-    Tokens are kept on the device there; what was written since the last step is fetched in one
-    piece. A request that was preempted comes back as a new one with a longer beginning.
+    This runner keeps tokens on the device. The tokens that were written since the last step are
+    fetched in one copy. A preempted request comes back as a new one with a longer beginning.
     """
 
     defended: Tensor | None = None
-    """The logits as this processor left them, if a row of the step shows log-probabilities; the
+    """The logits as this processor left them, if a row of the step reports log-probabilities; the
     worker's sampler takes them from here."""
 
     @classmethod
@@ -150,48 +136,67 @@ class V2Processor(v2.LogitsProcessor):
         check_params(sampling_params)
 
     def __init__(self, vllm_config: Any, req_states: Any) -> None:
-        self._variants = _variants(vllm_config)
+        self._maker, self._session = _RowMaker(vllm_config), DecodingSession()
         self._states = req_states
-        self._rows: dict[int, Row] = {}
-        self._showing: set[int] = set()
+        self._rows: dict[int, DecodingRow] = {}
+        self._fresh: dict[int, DecodingRow] = {}
+        """Rows by slot whose prompt vLLM has not written to the device yet."""
+        self._reporting: set[int] = set()
 
     def add_request(self, req_idx: int, sampling_params: Any) -> bool:
-        # Slots are used again, and nobody says when one is left.
-        self._rows.pop(req_idx, None)
-        self._showing.discard(req_idx)
-        row = _row(self._variants, sampling_params, [])
+        # vLLM itself does not report freed slots to processors; the worker makes it do so. A row
+        # must not inherit the tokens of the one before it if that report is ever missing.
+        self.remove_request(req_idx)
+        row = self._maker.row(sampling_params, (), [])
         if row is not None:
-            self._rows[req_idx] = row
+            self._fresh[req_idx] = row
         if sampling_params.logprobs is not None:
-            self._showing.add(req_idx)
+            self._reporting.add(req_idx)
         return row is not None or sampling_params.logprobs is not None
 
+    def remove_request(self, req_idx: int) -> None:
+        """Forget the request of a slot: it finished, or was cancelled or preempted."""
+        self._fresh.pop(req_idx, None)
+        self._reporting.discard(req_idx)
+        if (row := self._rows.pop(req_idx, None)) is not None:
+            self._session.drop([row])
+
     def apply(self, logits: Tensor, ctx: Any) -> Tensor:
+        self._open_fresh()
         # Without speculation there is one row of logits for each request, in the same order.
         slots = ctx.idx_mapping_np.tolist()
-        rows = {at: self._rows[slot] for at, slot in enumerate(slots) if slot in self._rows}
-        self._catch_up(rows, slots, ctx.seq_lens_upper_bound_np.tolist())
-        defend(logits, rows)
-        self.defended = logits.clone() if self._showing.intersection(slots) else None
+        self._catch_up(slots, ctx.seq_lens_upper_bound_np.tolist())
+        rows = {index: self._rows[slot] for index, slot in enumerate(slots) if slot in self._rows}
+        logits = self._session.adjust(logits, rows)
+        self.defended = logits.clone() if self._reporting.intersection(slots) else None
         return logits
 
-    def _catch_up(
-        self, rows: Mapping[int, Row], slots: Sequence[int], lengths: Sequence[int]
-    ) -> None:
-        """Append to each completion what the device has and the list has not."""
-        behind = [
-            (at, slots[at], place)
-            for at, row in rows.items()
-            if row.defenses
-            # Nothing while the prompt is still being read in parts.
-            for place in range(
-                int(self._states.prompt_len.np[slots[at]]) + len(row.written), lengths[at]
-            )
-        ]
-        if not behind:
+    def _open_fresh(self) -> None:
+        for slot, row in self._fresh.items():
+            if row.hooks:
+                length = int(self._states.prompt_len.np[slot])
+                row.prompt = tuple(self._states.all_token_ids.gpu[slot, :length].tolist())
+        self._rows.update(self._fresh)
+        self._session.add(self._fresh.values())
+        self._fresh.clear()
+
+    def _catch_up(self, slots: Sequence[int], lengths: Sequence[int]) -> None:
+        """Append to each completion the tokens that only the device has.
+
+        Args:
+            lengths: tokens of each slot's request that this step has read or reads.
+        """
+        missing: list[tuple[int, int]] = []
+        for slot, length in zip(slots, lengths, strict=True):
+            row = self._rows.get(slot)
+            if row is not None and row.hooks:
+                # Empty while the prompt is still being read in parts.
+                positions = range(len(row.prompt) + len(row.written), length)
+                missing += [(slot, position) for position in positions]
+        if not missing:
             return
-        device = self._states.all_token_ids.gpu.device
-        _, owners, places = torch.tensor(behind, device=device).unbind(1)
-        tokens = self._states.all_token_ids.gpu[owners, places].tolist()
-        for (at, _, _), token in zip(behind, tokens, strict=True):
-            rows[at].written.append(token)
+        on_device = self._states.all_token_ids.gpu
+        owners, columns = torch.tensor(missing, device=on_device.device).unbind(1)
+        tokens = on_device[owners, columns].tolist()
+        for (slot, _), token in zip(missing, tokens, strict=True):
+            self._rows[slot].written.append(token)

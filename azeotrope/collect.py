@@ -1,11 +1,10 @@
 """Collect traces: let a model answer a task's problems and record what it wrote."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from torch import Tensor
-
+from azeotrope.decoding import DecodingHooks
 from azeotrope.generation import Sampling, generate
 from azeotrope.models import Loaded
 from azeotrope.problems import Problem, Task
@@ -16,7 +15,6 @@ BEGUN = 0.25
 """Share of a right solution that a teacher gets as its own beginning, to continue from there."""
 SHARD = 250
 """Problems that are answered in one batch. The batch decides the last bits of every logit."""
-Adjust = Callable[[Tensor, list[list[int]]], Tensor]
 T = TypeVar("T")
 
 
@@ -44,7 +42,7 @@ def collect(
     sampling: Sampling,
     *,
     origin: Origin = Origin(),  # it is immutable
-    adjust_logits: Adjust | None = None,
+    hooks: Sequence[DecodingHooks] = (),
     shard: int | None = None,
 ) -> list[Trace]:
     """One trace per problem, in order.
@@ -52,12 +50,13 @@ def collect(
     A row's random numbers depend on its id and the origin's seed alone.
 
     Args:
+        hooks: decoding defenses, in the order in which they act.
         shard: number of problems that are answered in one batch; None for all of them.
     """
     return [
         trace
         for part in shards(problems, shard)
-        for trace in _collect(loaded, task, part, sampling, origin, adjust_logits)
+        for trace in _collect(loaded, task, part, sampling, origin, hooks)
     ]
 
 
@@ -67,7 +66,7 @@ def _collect(
     problems: Sequence[Problem],
     sampling: Sampling,
     origin: Origin,
-    adjust_logits: Adjust | None,
+    hooks: Sequence[DecodingHooks],
 ) -> list[Trace]:
     tokenizer = loaded.tokenizer
     ids = [trace_id(problem, task.template, origin.sample) for problem in problems]
@@ -80,7 +79,7 @@ def _collect(
         eos_id=int(tokenizer.eos_token_id),  # type: ignore[arg-type]
         pad_id=int(tokenizer.pad_token_id),  # type: ignore[arg-type]
         seeds=seeds,
-        adjust_logits=adjust_logits,
+        hooks=hooks,
     )
     texts = [decode(tokenizer, completion.ids) for completion in completions]
     return [

@@ -1,26 +1,21 @@
-"""Batched sampling with a key-value cache: the reference path every engine is compared with.
+"""Batched sampling with a key-value cache: the reference that every engine is compared with.
 
 Each row has random numbers of its own, drawn from its seed, so what a row samples does not
 depend on the rows beside it.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from azeotrope.config import Config
-
-AdjustLogits = Callable[[Tensor, list[list[int]]], Tensor]
-"""(logits of shape [rows, vocab], the completion so far of each row) -> logits, same shape.
-
-Rows that are finished are left out. A row's completion is one list from the first step to the last,
-so that whoever keeps something for each row can tell which ones are still there.
-"""
+from azeotrope.decoding import DecodingHooks, DecodingRow, DecodingSession
+from azeotrope.row_cache import PaddedRows, next_logits
 
 
 class Sampling(Config):
@@ -38,7 +33,7 @@ class Sampling(Config):
 
 @dataclass(frozen=True)
 class Completion:
-    """Token ids written after one prompt, the end-of-sequence token included if it came."""
+    """Token ids written after one prompt, with the end-of-sequence token if the row wrote it."""
 
     ids: tuple[int, ...]
     finished: bool
@@ -53,64 +48,81 @@ def generate(
     eos_id: int,
     pad_id: int,
     seeds: Sequence[int] | None = None,
-    adjust_logits: AdjustLogits | None = None,
+    hooks: Sequence[DecodingHooks] = (),
 ) -> list[Completion]:
     """Complete every prompt, all rows in one batch; finished rows leave the batch.
 
     Args:
-        seeds: one integer a row; needed when temperature > 0.
-        adjust_logits: a decoding defense, applied before temperature.
+        seeds: one integer per row; needed when temperature > 0.
+        hooks: decoding defenses for example; they change the logits before the temperature does.
 
     Returns:
-        One completion a prompt, in order.
+        One completion per prompt, in order.
 
     Raises:
         ValueError: if a prompt is empty, if seeds are missing, or if prompt and completion
             together do not fit the model's context.
     """
     _check(model, prompts, sampling, seeds)
-    rows = len(prompts)
-    if rows == 0:
+    if len(prompts) == 0:
         return []
-    written: list[list[int]] = [[] for _ in range(rows)]
-    finished = [False] * rows
-    draws = _uniforms(seeds or (), rows, sampling)
-    temperatures = torch.full((rows,), sampling.temperature, dtype=torch.float64)
-    top_p = torch.full((rows,), sampling.top_p, dtype=torch.float64)
-    input_ids, attention = pad_left(prompts, pad_id, model.device)
-    positions = (attention.cumsum(1) - 1).clamp(min=0)
-    active = list(range(rows))
-    cache = DynamicCache(config=model.config)
+    rows = [DecodingRow(tuple(prompt), tuple(hooks)) for prompt in prompts]
+    session = DecodingSession()
+    session.add(rows)
+    try:
+        _write(model, rows, session, sampling, _Draws(seeds, len(rows), sampling), eos_id, pad_id)
+    finally:
+        session.close()
+    return [Completion(tuple(row.written), row.written[-1] == eos_id) for row in rows]
+
+
+class _Draws:
+    """What `choose` needs of each row: temperatures, nuclei and a random number per token."""
+
+    def __init__(self, seeds: Sequence[int] | None, rows: int, sampling: Sampling) -> None:
+        self._temperatures = torch.full((rows,), sampling.temperature, dtype=torch.float64)
+        self._top_p = torch.full((rows,), sampling.top_p, dtype=torch.float64)
+        if sampling.temperature == 0:
+            self._uniforms = torch.zeros(rows, sampling.max_new_tokens, dtype=torch.float64)
+        else:
+            drawn = [uniforms(seed, sampling.max_new_tokens) for seed in seeds or ()]
+            self._uniforms = torch.stack(drawn)
+
+    def choose(
+        self, logits: Float[Tensor, "rows vocab"], rows: Sequence[int], step: int
+    ) -> list[int]:
+        """The token that each of these rows writes in this step."""
+        index = list(rows)
+        draws = self._uniforms[index, step]
+        return choose(logits, self._temperatures[index], self._top_p[index], draws).tolist()
+
+
+def _write(
+    model: PreTrainedModel,
+    rows: Sequence[DecodingRow],
+    session: DecodingSession,
+    sampling: Sampling,
+    draws: _Draws,
+    eos_id: int,
+    pad_id: int,
+) -> None:
+    """Fill the rows until each has written the end-of-sequence token or all that it may."""
+    batch = PaddedRows(model, [row.prompt for row in rows], pad_id)
+    active = list(range(len(rows)))
     for step in range(sampling.max_new_tokens):
-        output = model(
-            input_ids=input_ids,
-            attention_mask=attention,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        logits = output.logits[:, -1].float()
-        if adjust_logits is not None:
-            logits = adjust_logits(logits, [written[row] for row in active])
-        tokens = choose(logits, temperatures[active], top_p[active], draws[active, step]).tolist()
-        keep: list[int] = []
-        for index, (row, token) in enumerate(zip(active, tokens, strict=True)):
-            written[row].append(token)
-            finished[row] = token == eos_id
-            if not finished[row]:
-                keep.append(index)
-        if not keep:
-            break
-        if len(keep) < len(active):
-            kept = torch.tensor(keep, device=model.device)
-            cache.batch_select_indices(kept)
-            attention, positions = attention[kept], positions[kept]
-            active = [active[index] for index in keep]
-        input_ids = torch.tensor([[written[row][-1]] for row in active], device=model.device)
-        attention = torch.cat([attention, attention.new_ones(len(active), 1)], dim=1)
-        positions = positions[:, -1:] + 1
-    return [Completion(tuple(ids), done) for ids, done in zip(written, finished, strict=True)]
+        logits = next_logits(model, batch.inputs())
+        logits = session.adjust(logits, {place: rows[row] for place, row in enumerate(active)})
+        tokens = draws.choose(logits, active, step)
+        for row, token in zip(active, tokens, strict=True):
+            rows[row].written.append(token)
+        kept = [place for place, token in enumerate(tokens) if token != eos_id]
+        session.drop(rows[row] for row in active if rows[row].written[-1] == eos_id)
+        if not kept:
+            return
+        if len(kept) < len(active):
+            batch.keep(kept)
+            active = [active[place] for place in kept]
+        batch.append([rows[row].written[-1] for row in active])
 
 
 def _check(
@@ -120,8 +132,8 @@ def _check(
     seeds: Sequence[int] | None,
 ) -> None:
     if sampling.temperature > 0 and (seeds is None or len(seeds) != len(prompts)):
-        given = "none" if seeds is None else str(len(seeds))
-        raise ValueError(f"sampling needs one seed a prompt, got {given} for {len(prompts)}")
+        count = "none" if seeds is None else str(len(seeds))
+        raise ValueError(f"sampling needs one seed per prompt, got {count} for {len(prompts)}")
     longest = max((len(prompt) for prompt in prompts), default=1)
     if any(len(prompt) == 0 for prompt in prompts):
         raise ValueError("a prompt has no tokens; every prompt needs at least one")
@@ -134,33 +146,17 @@ def _check(
 
 
 def context_of(model: PreTrainedModel) -> int:
-    """The greatest number of positions that the model was made for."""
+    """The greatest number of positions that the model was made for.
+
+    A model whose configuration gives none has no limit, which a large number stands for.
+    """
     return int(getattr(model.config, "max_position_embeddings", 1 << 30))
 
 
 def uniforms(seed: int, count: int) -> Float[Tensor, " steps"]:
-    """The random numbers of one row, one for each token that it may write."""
+    """The random numbers of one row in [0, 1), one for each token that it may write."""
     generator = torch.Generator().manual_seed(seed)
     return torch.rand(count, dtype=torch.float64, generator=generator)
-
-
-def _uniforms(seeds: Sequence[int], rows: int, sampling: Sampling) -> Float[Tensor, "rows steps"]:
-    if sampling.temperature == 0:
-        return torch.zeros(rows, sampling.max_new_tokens, dtype=torch.float64)
-    return torch.stack([uniforms(seed, sampling.max_new_tokens) for seed in seeds])
-
-
-def pad_left(
-    prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device
-) -> tuple[Int[Tensor, "rows width"], Int[Tensor, "rows width"]]:
-    """Token ids with the padding in front, and 1 where they are none of it."""
-    width = max(len(prompt) for prompt in prompts)
-    input_ids = torch.full((len(prompts), width), pad_id, dtype=torch.long)
-    attention = torch.zeros_like(input_ids)
-    for row, prompt in enumerate(prompts):
-        input_ids[row, width - len(prompt) :] = torch.tensor(list(prompt))
-        attention[row, width - len(prompt) :] = 1
-    return input_ids.to(device), attention.to(device)
 
 
 def choose(
@@ -174,20 +170,22 @@ def choose(
     Args:
         temperatures: 0 takes the most likely token.
         top_p: nucleus, the least mass kept; 1 keeps everything.
-        draws: uniform in [0, 1), in float64; not looked at where the temperature is 0.
+        draws: uniform in [0, 1), in float64; ignored where the temperature is 0.
     """
     likeliest = logits.argmax(-1)
     is_drawn = temperatures > 0
     if not is_drawn.any():
         return likeliest
     device = logits.device
-    # Rows that are not drawn divide by 1, and what they draw is thrown away.
+    # Greedy rows divide by 1 instead of 0; the token that they draw is not used.
     divisors = temperatures.where(is_drawn, 1.0).to(device).unsqueeze(-1)
     probabilities = torch.softmax(logits.double() / divisors, dim=-1)
-    cut = ((top_p < 1.0) & is_drawn).nonzero().squeeze(-1)
-    if len(cut):
-        at = cut.to(device)
-        probabilities[at] = _nucleus(probabilities[at], top_p[cut].to(device))
+    truncated = ((top_p < 1.0) & is_drawn).nonzero().squeeze(-1)
+    if len(truncated):
+        at = truncated.to(device)
+        probabilities[at] = _nucleus(probabilities[at], top_p[truncated].to(device))
+    # Inverse of the cumulative distribution. A nucleus is not renormalised: the draw is scaled to
+    # its mass instead. `right=True` passes over tokens of probability 0.
     cumulative = probabilities.cumsum(-1)
     goals = (draws.to(device) * cumulative[:, -1]).unsqueeze(-1)
     drawn = torch.searchsorted(cumulative, goals, right=True).squeeze(-1)

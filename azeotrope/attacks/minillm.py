@@ -131,7 +131,6 @@ class MiniLlm(LogitAttack):
         policy = Mixture(
             self.teacher.model,
             self.teacher.logits,
-            prompts,
             share=self.config.mix,
             temperature=self.config.temperature,
             pad_id=pad,
@@ -145,7 +144,7 @@ class MiniLlm(LogitAttack):
             eos_id=int(tokenizer.eos_token_id),  # type: ignore[arg-type]
             pad_id=pad,
             seeds=[row_seed(example.id, torch.initial_seed()) for example in examples],
-            adjust_logits=policy,
+            hooks=[policy],
         )
         model.train(was_training)
         flags = [(False,) * len(completion.ids) for completion in completions]

@@ -9,12 +9,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from jaxtyping import Float
 from pydantic import Field
-from torch import Tensor
 
 import azeotrope.defenses
 from azeotrope.config import Config
+from azeotrope.decoding import DecodingHooks
 from azeotrope.heads.features import FeatureBatch
 from azeotrope.heads.head import Head
 from azeotrope.plugins import Plugins
@@ -72,11 +71,15 @@ class RewrittenText:
         return cls(after, "unchanged" if after == before else "changed")
 
 
-class Defense:
+class Defense(DecodingHooks):
     """Hooks that do nothing by default; a defense overrides those of its stage.
 
-    `weights`: `loss` trains the head once, before serving. `decoding`: `adjust_logits` acts on
-    every token. `text`: `rewrite` acts on the finished completion.
+    - `weights`: `loss` trains the head once, before serving.
+    - `decoding`: `adjust_logits` acts on every token. A defense that needs the prompt, or keeps
+      something for each row, implements `add_rows`, `adjust_rows` and `drop_rows` instead.
+    - `text`: `rewrite` acts on the finished completion.
+
+    A defense that leaves a mark in what it defends also implements `detect`.
     """
 
     stage: ClassVar[Stage]
@@ -139,12 +142,6 @@ class Defense:
         chooses the last.
         """
         return None
-
-    def adjust_logits(
-        self, logits: Float[Tensor, "rows vocab"], prefixes: list[list[int]]
-    ) -> Float[Tensor, "rows vocab"]:
-        """Change the next token's logits, given each row's completion so far."""
-        return logits
 
     def rewrite(
         self, texts: Sequence[FinishedText], context: RewriteContext

@@ -65,10 +65,21 @@ class Chunk:
 
 @runtime_checkable
 class Engine(Protocol):
-    """Closing the iterator (`aclose`) before its end stops the row and frees its place."""
+    """Computes completions, several at a time."""
+
+    @property
+    def healthy(self) -> bool:
+        """Whether requests are served; an engine that failed does not recover."""
+        ...
+
+    def close(self) -> None:
+        """Serve no more requests and free the model; open requests get an `EngineError`."""
+        ...
 
     def generate(self, request: EngineRequest) -> AsyncGenerator[Chunk]:
         """Chunks of one completion, as they are written.
+
+        Closing the iterator (`aclose`) before its end stops the completion and frees its place.
 
         Raises:
             EngineBusyError: before the first chunk, if the queue is full.

@@ -21,7 +21,7 @@ from azeotrope.engine.protocol import (
     EngineRequest,
     check_request,
 )
-from azeotrope.engine.row_batch import Row, RowBatch
+from azeotrope.engine.row_batch import BatchRow, RowBatch
 from azeotrope.engine.variants import DefenseVariants
 from azeotrope.generation import context_of, uniforms
 from azeotrope.models import Loaded
@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 class _Stream:
     """A row and who waits for it."""
 
-    row: Row
+    row: BatchRow
     loop: asyncio.AbstractEventLoop
     news: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -127,10 +127,10 @@ class TransformersEngine(Engine):
         finally:
             self._leave(stream)
 
-    def _row(self, request: EngineRequest, defenses: tuple[Defense, ...]) -> Row:
+    def _row(self, request: EngineRequest, defenses: tuple[Defense, ...]) -> BatchRow:
         limit = min(request.max_tokens, self._context - len(request.prompt))
         drawn = request.temperature > 0
-        return Row(
+        return BatchRow(
             prompt=request.prompt,
             limit=limit,
             temperature=request.temperature,
@@ -138,7 +138,7 @@ class TransformersEngine(Engine):
             draws=uniforms(request.seed, limit).tolist() if drawn else (),
             logprobs=request.logprobs,
             banned=request.banned,
-            defenses=defenses,
+            hooks=defenses,
         )
 
     def _enqueue(self, stream: _Stream) -> None:
@@ -169,6 +169,8 @@ class TransformersEngine(Engine):
             # Whatever it was, nobody may wait for ever.
             logger.exception("the model failed; no more requests are taken")
             self._end(f"the model failed ({type(error).__name__}: {error}); restart the engine")
+        finally:
+            self._batch.close()
 
     def _next(self) -> list[_Stream] | None:
         """Rows that join the next step; waits while there is nothing to write. None at the end."""

@@ -9,17 +9,27 @@ from typing import Any
 from azeotrope.config import ConfigError
 from azeotrope.defenses import base
 
-KEPT = 64
-"""Combinations of strength and watermark key whose defenses are kept."""
+MOST_CACHED = 64
+"""Combinations of strength and watermark key whose defenses stay built."""
 
 
 class DefenseVariants:
     """Builds each combination of strength and key once; requests that share one share defenses.
 
-    A strength takes the place of every defense's own, a key of those that have one (`key`).
+    A request's strength replaces that of every defense. Its key replaces the key of the defenses
+    that have one.
     """
 
     def __init__(self, configs: Sequence[dict[str, Any]]) -> None:
+        """
+        Args:
+            configs: plain configurations of decoding-stage defenses, in the order in which they
+                act.
+
+        Raises:
+            ConfigError: if there is no such defense, its settings do not fit, or it is not of
+                stage `decoding`.
+        """
         self._configs = [dict(config) for config in configs]
         self._lock = threading.Lock()
         self._built: OrderedDict[tuple[float | None, str | None], tuple[base.Defense, ...]]
@@ -34,22 +44,26 @@ class DefenseVariants:
         """
         if not self._configs or (strength is None and key is None):
             return self._default
-        # A defense may load a model when it is built, and others want to be served meanwhile.
-        return await asyncio.to_thread(self.kept, strength, key)
+        # A defense may load a model when it is built; the event loop serves requests meanwhile.
+        return await asyncio.to_thread(self.cached, strength, key)
 
-    def kept(self, strength: float | None, key: str | None) -> tuple[base.Defense, ...]:
-        """The same, for callers that may wait."""
+    def cached(self, strength: float | None, key: str | None) -> tuple[base.Defense, ...]:
+        """The same as `of`, for callers that may block.
+
+        Raises:
+            ConfigError: if a defense refuses the strength or the key.
+        """
         with self._lock:
             if (strength, key) not in self._built:
                 self._built[strength, key] = self._build(strength, key)
             self._built.move_to_end((strength, key))
-            while len(self._built) > KEPT:
-                # Rows that use it hold it.
+            while len(self._built) > MOST_CACHED:
+                # Rows that still use these defenses hold references of their own.
                 self._built.popitem(last=False)
             return self._built[strength, key]
 
     def _build(self, strength: float | None, key: str | None) -> tuple[base.Defense, ...]:
-        found: list[base.Defense] = []
+        active: list[base.Defense] = []
         for config in self._configs:
             changed = dict(config)
             if strength is not None:
@@ -63,5 +77,5 @@ class DefenseVariants:
             if key is not None and "key" in type(defense.config).model_fields:
                 defense = base.resolve({**changed, "key": key})
             if not defense.is_identity:
-                found.append(defense)
-        return tuple(found)
+                active.append(defense)
+        return tuple(active)

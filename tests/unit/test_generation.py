@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from azeotrope.decoding import DecodingHooks
 from azeotrope.generation import Completion, Sampling, generate
 
 VOCAB, NEVER, PAD = 17, 16, 0
@@ -109,14 +110,15 @@ def test_seeds_decide_what_is_sampled(model) -> None:
 def test_adjusted_logits_are_what_is_sampled_from(model) -> None:
     seen: list[list[list[int]]] = []
 
-    def force(logits: torch.Tensor, written: list[list[int]]) -> torch.Tensor:
-        assert logits.shape == (len(written), VOCAB)
-        seen.append([list(ids) for ids in written])
-        forced = torch.full_like(logits, -torch.inf)
-        # The second row is told to end at the third token.
-        for index, ids in enumerate(written):
-            forced[index, 9 if len(ids) == 2 and index == 1 else 5] = 0.0
-        return forced
+    class Force(DecodingHooks):
+        def adjust_logits(self, logits, prefixes):
+            assert logits.shape == (len(prefixes), VOCAB)
+            seen.append([list(ids) for ids in prefixes])
+            forced = torch.full_like(logits, -torch.inf)
+            # The second row must end at the third token.
+            for index, ids in enumerate(prefixes):
+                forced[index, 9 if len(ids) == 2 and index == 1 else 5] = 0.0
+            return forced
 
     for sampling in (
         Sampling(temperature=0.0, max_new_tokens=4),
@@ -124,7 +126,7 @@ def test_adjusted_logits_are_what_is_sampled_from(model) -> None:
         Sampling(temperature=1.0, top_p=0.5, max_new_tokens=4),
     ):
         seen.clear()
-        found = run(model, PROMPTS[:2], sampling, eos=9, seeds=[0, 1], adjust_logits=force)
+        found = run(model, PROMPTS[:2], sampling, eos=9, seeds=[0, 1], hooks=[Force()])
         assert found == [Completion((5, 5, 5, 5), False), Completion((5, 5, 9), True)]
         # It sees each active row's completion so far, without the prompt.
         assert seen == [[[], []], [[5], [5]], [[5, 5], [5, 5]], [[5, 5, 5]]]
@@ -168,9 +170,9 @@ def test_what_cannot_be_generated_is_refused(model) -> None:
         run(model, [[1], [1] * 60], GREEDY)
     with pytest.raises(ValueError, match="a prompt has no tokens"):
         run(model, [[1], []], GREEDY)
-    with pytest.raises(ValueError, match="one seed a prompt, got none for 2"):
+    with pytest.raises(ValueError, match="one seed per prompt, got none for 2"):
         run(model, [[1], [2]], Sampling())
-    with pytest.raises(ValueError, match="one seed a prompt, got 1 for 2"):
+    with pytest.raises(ValueError, match="one seed per prompt, got 1 for 2"):
         run(model, [[1], [2]], Sampling(), seeds=[1])
     assert run(model, [], GREEDY) == []
 

@@ -22,19 +22,21 @@ def test_the_next_token_is_the_mixtures_when_other_rows_have_finished(
     teacher, student = small(0), small(1)
     prompts = [(3, 4), (1,), (4, 4, 4, 1), (3, 1, 0), (1, 1)]
     seen: list[tuple[Tensor, list[list[int]]]] = []
-    mixture = Mixture(
-        teacher.model, teacher_head(teacher).logits, prompts, share=share, temperature=temperature
-    )
 
-    def watched(logits: Tensor, prefixes: list[list[int]]) -> Tensor:
-        found = mixture(logits, prefixes)
-        seen.append((found.clone(), [list(prefix) for prefix in prefixes]))
-        return found
+    class Watched(Mixture):
+        def adjust_rows(self, logits, rows):
+            mixed = super().adjust_rows(logits, rows)
+            seen.append((mixed.clone(), [list(row.written) for row in rows]))
+            return mixed
+
+    mixture = Watched(
+        teacher.model, teacher_head(teacher).logits, share=share, temperature=temperature
+    )
 
     sampling = Sampling(temperature=1.0, max_new_tokens=11)
     found = generate(
         student.model, prompts, sampling,
-        eos_id=EOS, pad_id=0, seeds=list(range(45, 50)), adjust_logits=watched,
+        eos_id=EOS, pad_id=0, seeds=list(range(45, 50)), hooks=[mixture],
     )  # fmt: skip
     ends = {len(item.ids) for item in found}
     assert len(ends) >= 3, "rows leave at different steps"

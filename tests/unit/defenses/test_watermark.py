@@ -10,6 +10,7 @@ from scipy.stats import binom, binomtest
 from azeotrope import models, tasks
 from azeotrope.collect import collect
 from azeotrope.config import ConfigError
+from azeotrope.decoding import DecodingHooks
 from azeotrope.defenses import base
 from azeotrope.defenses.watermark import (
     PUBLIC_KEY,
@@ -41,7 +42,7 @@ def written(
 ) -> list[tuple[int, ...]]:
     sampling = Sampling(temperature=temperature)
     asked = TASK.problems("test", problems)
-    traces = collect(teacher, TASK, asked, sampling, adjust_logits=defense.adjust_logits)
+    traces = collect(teacher, TASK, asked, sampling, hooks=[defense])
     return [trace.completion_ids for trace in traces]
 
 
@@ -118,7 +119,7 @@ def test_strength_zero_is_the_identity(teacher: models.Loaded) -> None:
     assert defense.adjust_logits(logits, [[1, 2, 3, 4], [5, 6, 7, 8]]) is logits
     problems = TASK.problems("test", 5)
     plain = collect(teacher, TASK, problems, Sampling())
-    marked = collect(teacher, TASK, problems, Sampling(), adjust_logits=defense.adjust_logits)
+    marked = collect(teacher, TASK, problems, Sampling(), hooks=[defense])
     assert marked == plain
 
 
@@ -267,19 +268,20 @@ def test_the_prompt_is_not_counted(teacher: models.Loaded) -> None:
     seen: list[list[int]] = []
     defense = build(Config(context=1))
 
-    def watched(logits: torch.Tensor, prefixes: list[list[int]]) -> torch.Tensor:
-        seen.extend(list(prefix) for prefix in prefixes)
-        found = defense.adjust_logits(logits, prefixes)
-        for row, prefix in enumerate(prefixes):
-            changed = (found[row] != logits[row]).numpy()
-            expected = (
-                green_list(prefix[-1:], logits.shape[-1], key=PUBLIC_KEY)
-                if prefix
-                else np.zeros(logits.shape[-1], dtype=bool)
-            )
-            assert np.array_equal(changed, expected)
-        return found
+    class Watch(DecodingHooks):
+        def adjust_logits(self, logits, prefixes):
+            seen.extend(list(prefix) for prefix in prefixes)
+            adjusted = defense.adjust_logits(logits, prefixes)
+            for row, prefix in enumerate(prefixes):
+                changed = (adjusted[row] != logits[row]).numpy()
+                expected = (
+                    green_list(prefix[-1:], logits.shape[-1], key=PUBLIC_KEY)
+                    if prefix
+                    else np.zeros(logits.shape[-1], dtype=bool)
+                )
+                assert np.array_equal(changed, expected)
+            return adjusted
 
-    collect(teacher, TASK, problems, Sampling(max_new_tokens=10), adjust_logits=watched)
+    collect(teacher, TASK, problems, Sampling(max_new_tokens=10), hooks=[Watch()])
     assert seen[0] == []
     assert len(seen) > 10

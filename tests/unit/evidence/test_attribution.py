@@ -30,7 +30,7 @@ def written(teacher: models.Loaded, key: str | None, strength: float = 2.0) -> l
     """Texts, as somebody finds them: without token ids and without prompts."""
     defense = build(Config(key=key, strength=strength)) if key else build(Config(strength=0))
     asked = TASK.problems("test", 40)
-    traces = collect(teacher, TASK, asked, Sampling(), adjust_logits=defense.adjust_logits)
+    traces = collect(teacher, TASK, asked, Sampling(), hooks=[defense])
     return [trace.text for trace in traces]
 
 
@@ -159,9 +159,7 @@ def test_the_source_says_how_the_mark_was_made(
     run.mkdir()
     (run / "points.json").write_text(json.dumps([point]))
     defense = build(Config.model_validate(point["decoding"][0]))
-    traces = collect(
-        teacher, TASK, TASK.problems("test", 40), Sampling(), adjust_logits=defense.adjust_logits
-    )
+    traces = collect(teacher, TASK, TASK.problems("test", 40), Sampling(), hooks=[defense])
     file = tmp_path / "found.jsonl"
     file.write_text("".join(json.dumps({"text": item.text}) + "\n" for item in traces))
     shown = trace(file, run, "--store", store)
