@@ -74,10 +74,10 @@ def show_defended(runner: Any, uses_v2: bool) -> None:
     _expect(runner.sampler.logits_processors[-1], V2Processor)
     # A sampler is made from a dozen of the runner's settings; changing its class keeps them all.
     runner.sampler.__class__ = DefendedV2Sampler
-    _report_freed_slots(runner.req_states, runner.sampler.logits_processors[-1])
+    report_freed_slots(runner.req_states, runner.sampler.logits_processors[-1])
 
 
-def _report_freed_slots(states: Any, processor: Any) -> None:
+def report_freed_slots(states: Any, processor: Any) -> None:
     """Tell a processor about every request that leaves its slot, for whatever reason."""
     remove = states.remove_request
 

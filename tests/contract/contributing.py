@@ -17,11 +17,15 @@ def examples() -> dict[str, str]:
 
 
 @contextmanager
-def added(package: str, name: str, folder: Path) -> Iterator[None]:
-    """Write an example's module into a folder that is a part of a package for a while."""
+def added(package: str, name: str, folder: Path, source: str | None = None) -> Iterator[None]:
+    """Write a module into a folder that is a part of a package for a while.
+
+    Args:
+        source: the module's text; None takes that of the example in CONTRIBUTING.md.
+    """
     path = f"{package.replace('.', '/')}/{name}.py"
     folder.mkdir(parents=True)
-    (folder / f"{name}.py").write_text(examples()[path])
+    (folder / f"{name}.py").write_text(examples()[path] if source is None else source)
     parent = importlib.import_module(package)
     parent.__path__.append(str(folder))
     importlib.invalidate_caches()
