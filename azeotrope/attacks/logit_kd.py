@@ -44,7 +44,7 @@ class Config(LogitConfig):
     @classmethod
     def _from_short_form(cls, settings: Any) -> Any:
         """Move the parameters of `{name: abkd, alpha: 0.3}` to where the long form has them."""
-        kind = BY_NAME.get(settings.get("name")) if isinstance(settings, Mapping) else None
+        kind = BY_NAME.get(str(settings.get("name"))) if isinstance(settings, Mapping) else None
         if kind is None:
             return settings
         allowed = LogitConfig.model_fields.keys() | kind.model_fields.keys()

@@ -111,6 +111,7 @@ class HeadObjective(Protocol):
     @property
     def is_identity(self) -> bool:
         """Whether training would leave the head as it is."""
+        ...
 
     def scaled(self, factor: float) -> "HeadObjective":
         """The same objective with its strength multiplied by `factor`."""
@@ -118,12 +119,15 @@ class HeadObjective(Protocol):
 
     def calibrate(self, completion_tokens: int, reasoning_tokens: int, sequences: int) -> None:
         """Learn the shape of the training data before the first step."""
+        ...
 
     def loss(self, head: Any, proxies: tuple[Any, ...], batch: FeatureBatch) -> TokenSum:
         """The objective to minimise over the head's parameters."""
+        ...
 
     def score(self, head: Any, proxies: tuple[Any, ...], batch: FeatureBatch) -> float | None:
         """How much a student learns from held-out texts; lower is better, None has no score."""
+        ...
 
 
 @dataclass(frozen=True)

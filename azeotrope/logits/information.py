@@ -234,7 +234,7 @@ def _interval(sums: np.ndarray, counts: np.ndarray, seed: int) -> tuple[float, f
         vectorized=True,
         paired=True,
         method="percentile",
-        random_state=np.random.default_rng(seed),
+        rng=np.random.default_rng(seed),
     ).confidence_interval
     return float(interval.low), float(interval.high)
 

@@ -33,7 +33,7 @@ BANDS: tuple[set[str], ...] = (
     set(),
     {"logits"},
     {"heads"},
-    {"defenses", "attacks", "tasks", "pocket", "traces", "collect"},
+    {"defenses", "attacks", "tasks", "pocket"},
     {"engine", "evidence", "report"},
 )
 VAGUE = {"utils", "util", "helpers", "common", "misc"}
