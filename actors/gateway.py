@@ -65,7 +65,7 @@ def build_gateway(
         engine=engine,
         undefended=undefended,
         boundary=settings.boundary,
-        rewriting=tuple(defenses.resolve(dict(item)) for item in settings.rewriting),
+        rewriting=tuple(defenses.resolve(dict(part)) for part in settings.rewriting),
     )
     _check_tags(settings.policy, settings, model.tokenizer)
     stores = StoreLocation(Path(settings.store), settings.redis)

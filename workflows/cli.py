@@ -109,7 +109,7 @@ def serve(
     overrides: Overrides = None,
     policy: Annotated[str | None, typer.Option(help="a YAML file of tiers and limits")] = None,
     write: Annotated[
-        str | None, typer.Option(help="write a file for `serve deploy` in place of serving")
+        str | None, typer.Option(help="write a file for `serve deploy` instead of serving")
     ] = None,
     redis: RedisUrl = None,
 ) -> None:
@@ -121,13 +121,15 @@ def serve(
 
 @app.command()
 def audit(
-    url: Annotated[str, typer.Argument(help="of an OpenAI-compatible endpoint, with /v1")],
+    url: Annotated[str, typer.Argument(help="the URL of an OpenAI-compatible endpoint, with /v1")],
     key: Annotated[
         str, typer.Option(help="an API key; better in AZEOTROPE_KEY", envvar="AZEOTROPE_KEY")
     ] = "",
-    model: Annotated[str | None, typer.Option(help="null asks the endpoint")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="default: the first that the endpoint lists")
+    ] = None,
 ) -> None:
-    """Ask an endpoint everything that is known to leak, and say what leaked."""
+    """Send every known leaking request to an endpoint and report what leaks."""
     from workflows.audit import main as run
 
     raise typer.Exit(run(url, key, model))

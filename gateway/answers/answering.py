@@ -179,7 +179,11 @@ async def merge(
 ) -> AsyncGenerator[tuple[int, AnswerPiece]]:
     """Pieces of several completions as they come, each with the number of its completion.
 
-    A completion that fails ends all of them, and its error is raised.
+    A completion that fails ends all of them.
+
+    Raises:
+        EngineError: the first error of a completion.
+        TimeoutError: if the deadline passes.
     """
     if len(streams) == 1:
         async with contextlib.aclosing(streams[0]) as only:

@@ -39,6 +39,7 @@ from gateway.audit.probes import (
     probes,
     unwanted,
 )
+from gateway.loopback import is_loopback
 
 REFUSED = {400, 401, 403, 404, 405, 422, 501}
 MISSING = {404, 405}
@@ -128,7 +129,9 @@ def audit(
     """
     base = url.rstrip("/")
     own = client is None
-    client = client or httpx.Client(timeout=60)
+    # A proxy of the environment cannot reach this machine's loopback interface.
+    by_proxy = not is_loopback(httpx.URL(url).host)
+    client = client or httpx.Client(timeout=60, trust_env=by_proxy)
     try:
         patient = PatientClient(client, key, sleep)
         name = model or _first_model(patient, base)

@@ -71,15 +71,15 @@ def _handle_errors(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def unknown_route(request: Request, error: HTTPException) -> JSONResponse:
         route = f"{request.method} {request.url.path}"[:200]
-        known = ApiError(error.status_code, f"{route}: {error.detail}", code="not_found")
-        return JSONResponse(known.body(), known.status, headers=error.headers)
+        refusal = ApiError(error.status_code, f"{route}: {error.detail}", code="not_found")
+        return JSONResponse(refusal.body(), refusal.status, headers=error.headers)
 
     @app.exception_handler(StoreError)
     @app.exception_handler(AuditLogError)
     async def store_unavailable(_: Request, error: Exception) -> JSONResponse:
         # Fail closed: without keys, quotas and the log no request is answered.
-        known = store_failed(error)
-        return JSONResponse(known.body(), known.status, headers=known.headers)
+        refusal = store_failed(error)
+        return JSONResponse(refusal.body(), refusal.status, headers=refusal.headers)
 
     @app.exception_handler(Exception)
     async def unexpected(_: Request, error: Exception) -> JSONResponse:

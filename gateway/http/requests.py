@@ -86,17 +86,29 @@ class ApiRequest(_Strict):
 
     @property
     def most_tokens(self) -> int | None:
-        """The requested length of one completion; None leaves it to the tier."""
+        """The requested length of one completion; None leaves it to the tier.
+
+        Raises:
+            TypeError: if the request is neither a chat nor a completion.
+        """
         raise TypeError("a request is a chat or a completion")
 
     @property
     def asked_logprobs(self) -> int | None:
-        """How many of the likeliest tokens are requested; None requests no log-probabilities."""
+        """How many of the likeliest tokens are requested; None requests no log-probabilities.
+
+        Raises:
+            TypeError: if the request is neither a chat nor a completion.
+        """
         raise TypeError("a request is a chat or a completion")
 
     @property
     def texts(self) -> tuple[str, ...]:
-        """The texts that the client wrote."""
+        """The texts that the client wrote.
+
+        Raises:
+            TypeError: if the request is neither a chat nor a completion.
+        """
         raise TypeError("a request is a chat or a completion")
 
 

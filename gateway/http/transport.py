@@ -48,5 +48,5 @@ def event(data: dict[str, Any], name: str | None = None) -> bytes:
 
 def error_body(error: ApiError | StoreError | AuditLogError) -> dict[str, Any]:
     """The JSON that reports one of `FAILURES` to a client."""
-    known = error if isinstance(error, ApiError) else store_failed(error)
-    return known.body()
+    refusal = error if isinstance(error, ApiError) else store_failed(error)
+    return refusal.body()

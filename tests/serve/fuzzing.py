@@ -1,4 +1,4 @@
-"""Requests for the gateway that nobody would write: drawn from its own description, then spoilt.
+"""Unusual requests for the gateway: drawn from its own description, then damaged.
 
 Everything comes from one seed, so a request that fails is the same in the next run.
 """
@@ -17,7 +17,7 @@ QUESTIONS = (
     "tom has 3 books . he buys 2 more . how many books does tom have ?",
 )
 MODELS = ("teacher",) * 40 + ("teacher:undefended", "undefended", "", "Teacher", "teacher\x00")
-"""Mostly the one that there is, so that most requests get as far as their other faults."""
+"""Mostly the existing model, so that most requests reach the checks of their other fields."""
 STRINGS = ("", " ", "\x00", "\u202e\ufeff", "é" * 40, "<think>", "</think> ####", "a" * 3000, "-1")
 INTEGERS = (0, -1, 1, 2**31, 2**63 - 1, 2**63, -(2**63), 10**30)
 NUMBERS = (0.0, -0.0, 5e-324, 1e-300, 1e-9, 0.5, 1.0, 2.0, 1e308, -100, 100)
@@ -33,7 +33,7 @@ IDENTITIES = (
     "5.0",
     "٣",
 )
-"""Of tokens, as keys of a logit bias."""
+"""Token ids, as keys of a logit bias."""
 HEADERS = (
     (b"content-type", b"text/plain; charset=utf-7"),
     (b"content-encoding", b"gzip"),
@@ -92,8 +92,6 @@ class Fuzzer:
             content = self._broken(json.dumps(body).encode())
         return Call(path + draw.choice(QUERIES), token, content, headers=tuple(headers))
 
-    # What fits the description -----------------------------------------------------------
-
     def _object(self, schema: Mapping[str, Any]) -> dict[str, Any]:
         required = schema.get("required", ())
         found = {
@@ -101,7 +99,7 @@ class Fuzzer:
             for name, inner in schema["properties"].items()
             if name in required or self._random.random() < 0.2
         }
-        # Most would otherwise break a rule between two fields, and hide what else is wrong.
+        # Most requests would otherwise break a rule between two fields, which hides other errors.
         if self._random.random() < 0.9:
             if "stream_options" in found:
                 found["stream"] = True
@@ -152,10 +150,8 @@ class Fuzzer:
         many = schema.get("minItems", 0) + self._random.choice((0, 0, 0, 1, 2))
         return [self._value(name, schema["items"]) for _ in range(many)]
 
-    # What does not -----------------------------------------------------------------------
-
     def _spoil(self, body: dict[str, Any]) -> None:
-        """Change one place of a body, at any depth."""
+        """Change one value of a body, at any depth."""
         draw = self._random
         place = draw.choice(list(_containers(body)))
         kind = draw.randrange(4)
@@ -174,7 +170,7 @@ class Fuzzer:
             )
 
     def _broken(self, body: bytes) -> bytes:
-        """Bytes that are hardly JSON any more."""
+        """The body as bytes that are mostly not JSON."""
         draw = self._random
         cut = draw.randrange(len(body) + 1)
         return draw.choice(

@@ -1,4 +1,4 @@
-"""`azeotrope serve` as a process of its own, for tests that need the whole endpoint."""
+"""`azeotrope serve` in its own process, for tests that need the whole endpoint."""
 
 import contextlib
 import os
@@ -23,7 +23,7 @@ READY_S, STOP_S, POLL_S = 120.0, 60.0, 0.1
 
 
 class Key(NamedTuple):
-    """A key as its owner has it, and as ledgers name it."""
+    """The token of a key, and the name of the key in ledgers."""
 
     id: str
     token: str
@@ -31,7 +31,7 @@ class Key(NamedTuple):
 
 @dataclass(frozen=True)
 class Served:
-    """A running endpoint; its address is without `/v1`."""
+    """A running endpoint. Its URL does not include `/v1`."""
 
     url: str
     home: Path
@@ -44,15 +44,15 @@ class Served:
         return Key(record.id, token)
 
     def usage(self, key: Key | None = None) -> list[Usage]:
-        """The ledger as it stands; other processes write to it."""
+        """The current rows of the ledger, to which other processes write."""
         return SqliteLedger(self.home / LEDGER_FILE).usage(key.id if key else None)
 
     def settled(self, key: Key, within_s: float) -> Usage:
-        """A key's day once nothing is open. Asks the endpoint, for its probe settles leases."""
+        """The usage of a key once no request is open. The readiness check settles old leases."""
         until = time.monotonic() + within_s
         while True:
             with contextlib.suppress(httpx.TransportError):
-                httpx.get(f"{self.url}/readyz", timeout=5)
+                httpx.get(f"{self.url}/readyz", timeout=5, trust_env=False)
             rows = self.usage(key)
             if rows and not any(row.open_requests for row in rows):
                 assert len(rows) == 1, "the test ran over midnight of UTC"
@@ -61,11 +61,11 @@ class Served:
             time.sleep(POLL_S)
 
     def replicas(self, deployment: str) -> list[psutil.Process]:
-        """Processes of this endpoint's own Ray, and of no other on the machine."""
+        """The processes of this endpoint's own Ray instance."""
         found = []
         for child in psutil.Process(self.process.pid).children(recursive=True):
             with contextlib.suppress(psutil.NoSuchProcess):
-                # While it starts a replica has another title, and does not answer yet.
+                # During its start a replica has another title and does not answer.
                 if " ".join(child.cmdline()).startswith(
                     f"ray::ServeReplica:azeotrope:{deployment}"
                 ):
@@ -73,18 +73,20 @@ class Served:
         return found
 
     def wait_for(self, deployment: str, count: int, within_s: float = 60.0) -> None:
-        """Until so many replicas run and the endpoint is ready."""
+        """Wait until this number of replicas runs and the endpoint is ready."""
         until = time.monotonic() + within_s
         while True:
             with contextlib.suppress(httpx.TransportError):
-                ready = httpx.get(f"{self.url}/readyz", timeout=5).status_code == 200
+                ready = (
+                    httpx.get(f"{self.url}/readyz", timeout=5, trust_env=False).status_code == 200
+                )
                 if ready and len(self.replicas(deployment)) >= count:
                     return
             assert time.monotonic() < until, f"no {count} replicas of {deployment}"
             time.sleep(POLL_S)
 
     def stop(self, within_s: float = STOP_S) -> int:
-        """Ask it to end, as a service manager does; gives the exit code."""
+        """Terminate it like a service manager, and return the exit code."""
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
         return self.process.wait(within_s)
@@ -130,13 +132,13 @@ def free_port() -> int:
 
 
 def _wait(endpoint: Served) -> None:
-    """Until it says so itself: `/readyz` answers as soon as the first of several replicas runs."""
+    """Wait for its own message; `/readyz` answers as soon as the first of several replicas runs."""
     until = time.monotonic() + READY_S
     while "is served at" not in endpoint.log.read_text():
         assert endpoint.process.poll() is None, endpoint.log.read_text()
         assert time.monotonic() < until, endpoint.log.read_text()
         time.sleep(POLL_S)
-    assert httpx.get(f"{endpoint.url}/readyz", timeout=10).status_code == 200
+    assert httpx.get(f"{endpoint.url}/readyz", timeout=10, trust_env=False).status_code == 200
 
 
 def _end(endpoint: Served) -> None:

@@ -1,7 +1,7 @@
-"""Whatever is asked, the gateway answers with what is allowed or refuses in OpenAI's shape.
+"""The gateway gives every request an allowed answer or an error in OpenAI's shape.
 
-The requests are drawn from the gateway's own description and then spoilt, see `fuzzing`. Their
-number is `AZEOTROPE_FUZZ`: 1,500 unless it is said, 10,000 in continuous integration.
+The requests are drawn from the gateway's own description and then damaged, see `fuzzing`. Their
+number is `AZEOTROPE_FUZZ`: 1,500 by default, 10,000 in continuous integration.
 """
 
 import itertools
@@ -49,9 +49,9 @@ _PLACES = {
     "choices.logprobs.content": {"token", "bytes", "logprob", "top_logprobs"},
     "choices.logprobs.content.top_logprobs": {"token", "bytes", "logprob"},
 }
-"""Every key that an answer may have, by where it stands."""
+"""Every key that an answer may have, by its position."""
 _BY_TOKEN = "choices.logprobs.top_logprobs"
-"""Of completions: its keys are tokens."""
+"""The log-probabilities of completions, whose keys are tokens."""
 
 
 def check_keys(value: Any, place: str = "") -> None:
@@ -65,7 +65,7 @@ def check_keys(value: Any, place: str = "") -> None:
 
 
 def tiers() -> dict[str, Tier]:
-    """All kinds of rules, with completions short enough for thousands of them."""
+    """Tiers with all kinds of rules, and completions short enough for thousands of requests."""
     limits = {"requests_per_minute": 10**6, "tokens_per_minute": 10**9, "tokens_per_day": 10**9}
     short = {**limits, "concurrency": 10**6, "max_tokens": 6, "decimals": DECIMALS}
     return {
@@ -93,13 +93,13 @@ def check_completion(call: Call, answer: httpx.Response) -> None:
 def check_said(
     choice: Choice, id: str, hidden: bool, defended: Recording, reference: Reference
 ) -> int:
-    """What was shown is defended, and none of it is reasoning that the tier hides."""
+    """The answer is of the defended model and has no reasoning that the tier hides."""
     request, wrote = defended.asked[id], defended.wrote[id]
     whole = decode(reference.loaded.tokenizer, wrote)
     if hidden:
         _, span = spans(whole, Boundary())
         whole = whole[span.start : span.end].strip()
-    # Stop strings end it earlier.
+    # A stop string ends the answer earlier.
     assert whole.startswith(choice.text), (whole, choice.text)
     return check(reference.numbers(request, wrote, choice), DECIMALS)
 
@@ -111,7 +111,7 @@ def check_refused(call: Call, answer: httpx.Response) -> None:
     check_refusal(answer)
     if answer.status_code == 503:
         assert int(answer.headers["retry-after"]) > 0
-    # Only who names the undefended model reads its name.
+    # The undefended model is named only to clients that named it themselves.
     asked = call.body if isinstance(call.body, bytes) else json.dumps(call.body).encode()
     if b"undefended" not in asked.lower() and "undefended" not in call.path:
         assert "undefended" not in answer.text.replace(call.method, ""), (call, answer.text)
@@ -142,7 +142,7 @@ def test_no_request_breaks_the_gateway_or_gets_more_than_it_may(
         assert undefended.asked == {}
         defended.asked.clear()
         defended.wrote.clear()
-    # The test means something: many were answered, and their numbers could have been the others.
+    # Enough requests were answered, with values that differ between the two distributions.
     assert found[200] > COUNT // 8, found
     assert found[400] > COUNT // 20, found
     assert found[422] > COUNT // 20, found

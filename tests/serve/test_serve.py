@@ -1,4 +1,4 @@
-"""The whole endpoint on Ray Serve: two gateways, two engines, many clients, and deaths.
+"""The whole endpoint on Ray Serve: two gateways, two engines, many clients, and replicas that die.
 
 How long the load lasts is AZEOTROPE_LOAD_S seconds (8 unless it is set); the engine is
 AZEOTROPE_ENGINE (transformers unless it is set).
@@ -32,10 +32,10 @@ PROBLEMS = 48
 LOAD_S = float(os.environ.get("AZEOTROPE_LOAD_S", "8"))
 ENGINE = os.environ.get("AZEOTROPE_ENGINE", "transformers")
 DEATH_S = 8.0
-"""Of load around a death."""
+"""The load before and after a replica's death."""
 LEASE_S = 20.0
 AT_ONCE_S = 10.0
-"""After a replica's death, on a machine that is busy with the load."""
+"""The wait after a replica's death, on a machine that is busy with the load."""
 TIGHT_TOKENS = 3000
 
 
@@ -75,7 +75,7 @@ class Reference:
 
 @pytest.fixture(scope="module")
 def references() -> list[Reference]:
-    """What the plain generation path writes greedily."""
+    """Greedy answers of the library's own generation."""
     loaded = models.load("pocket/teacher", device="cpu")
     task = tasks.build(tasks.PocketConfig())
     problems = task.problems("test", PROBLEMS)
@@ -92,7 +92,7 @@ def references() -> list[Reference]:
 
 @dataclass
 class Outcome:
-    """How one request ended."""
+    """The end of one request."""
 
     status: int
     text: str = ""
@@ -129,7 +129,7 @@ async def _ask(client: httpx.AsyncClient, key: Key, reference: Reference) -> Out
         ) as answer:
             found.status = answer.status_code
             if answer.status_code == 500:
-                # Serve's own words, where a gateway died before it said anything.
+                # Serve's own message if a gateway died before its first byte.
                 found.error = "gateway died"
                 return found
             if answer.status_code != 200:
@@ -157,10 +157,12 @@ async def _ask(client: httpx.AsyncClient, key: Key, reference: Reference) -> Out
 async def load(
     endpoint: Served, key: Key, references: list[Reference], seconds: float
 ) -> list[Outcome]:
-    """All clients at once, each with one request after another, until the time is over."""
+    """Run all clients at once, each with one request after another, until the time is over."""
     until = time.monotonic() + seconds
     limits = httpx.Limits(max_connections=CLIENTS)
-    async with httpx.AsyncClient(base_url=endpoint.url, limits=limits, timeout=60) as client:
+    async with httpx.AsyncClient(
+        base_url=endpoint.url, limits=limits, timeout=60, trust_env=False
+    ) as client:
 
         async def one(number: int) -> list[Outcome]:
             found = []
@@ -177,7 +179,7 @@ async def load(
 def test_an_openai_client_gets_the_teachers_own_answer(
     endpoint: Served, references: list[Reference]
 ) -> None:
-    # How long the start took: `pytest --log-cli-level=INFO` shows it.
+    # `pytest --log-cli-level=INFO` shows how long the start took.
     logger.info("%s", endpoint.log.read_text())
     client = OpenAI(base_url=f"{endpoint.url}/v1", api_key=endpoint.key().token, max_retries=0)
     for reference in references[:4]:
@@ -191,7 +193,7 @@ def test_an_openai_client_gets_the_teachers_own_answer(
         assert answer.usage.completion_tokens == reference.tokens
 
 
-def test_many_streams_are_whole_and_billed_to_the_token(
+def test_many_streams_are_complete_and_billed_exactly(
     endpoint: Served, references: list[Reference]
 ) -> None:
     key = endpoint.key()
@@ -241,9 +243,9 @@ def test_a_killed_replica_takes_only_its_own_streams_with_it(
     assert [item for item in whole if not item.right] == []
     broken = [item for item in outcomes if item.error and item.status not in {429, 503}]
     if deployment == "Defended":
-        # The gateway lives, so every stream ends in the protocol's own words.
+        # The gateway lives, so every stream ends as the protocol requires.
         assert {item.error for item in broken} <= {"engine_error"}
-    # Each client had one request under way when it happened, and nobody waited for nothing.
+    # Each client had one open request at that time, and no client waited in vain.
     assert len(broken) <= CLIENTS
     assert all(item.ended - died[0] < AT_ONCE_S for item in broken)
     used = endpoint.settled(key, within_s=LEASE_S)
@@ -254,7 +256,7 @@ def test_a_killed_replica_takes_only_its_own_streams_with_it(
     endpoint.wait_for(deployment, 2)
 
 
-def test_the_end_lets_a_stream_that_was_begun_be_finished(
+def test_a_stream_that_has_begun_is_finished_before_the_end(
     endpoint: Served, references: list[Reference]
 ) -> None:
     key = endpoint.key()
@@ -267,7 +269,7 @@ def test_the_end_lets_a_stream_that_was_begun_be_finished(
             model="teacher",
             messages=[{"role": "user", "content": references[0].question}],
             temperature=0,
-            # Without an end of its own it writes until the context is full.
+            # This completion does not end by itself, so it fills the context.
             logit_bias={"2": -100},
             stream=True,
         )

@@ -25,7 +25,7 @@ class GatewayOracle:
     """The oracle of the attack `logits.subspace`, which sends its queries over HTTP."""
 
     def __init__(self, url: str, token: str, loaded: Loaded, path: str) -> None:
-        self.client = httpx.Client(headers={"authorization": f"Bearer {token}"})
+        self.client = httpx.Client(headers={"authorization": f"Bearer {token}"}, trust_env=False)
         self.url, self.loaded, self.path = url, loaded, path
         self.answered = 0
 

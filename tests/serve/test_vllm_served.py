@@ -1,4 +1,4 @@
-"""The command that serves, with vLLM, and vLLM's own server: the one holds what the other leaks."""
+"""`azeotrope serve` with vLLM leaks nothing, and vLLM's own server does."""
 
 import importlib.util
 import math
@@ -26,7 +26,7 @@ from gateway.policy import Policy, Tier
 
 DECIMALS = 4
 TOLERANCE = 1e-3 + 0.5 * 10**-DECIMALS
-"""In nats; the second part is what the gateway rounds away."""
+"""In nats; the second part is the rounding of the gateway."""
 BARE_KEY = "a-key-of-the-bare-server"
 
 
@@ -65,7 +65,7 @@ def test_the_answers_and_their_numbers_are_the_models_own(endpoint: Served) -> N
         assert choice.logprobs is not None
         assert choice.logprobs.content
         shown = [item.logprob for item in choice.logprobs.content]
-        # The end of the text has no place in the text.
+        # The end-of-sequence token is not part of the text.
         assert len(shown) == len(numbers) - int(expected.finished)
         for one, other in zip(shown, numbers, strict=False):
             assert math.isclose(one, other, rel_tol=0, abs_tol=TOLERANCE)
@@ -106,7 +106,7 @@ def _wait(process: "subprocess.Popen[bytes]", probe: str, log: Path) -> None:
         assert process.poll() is None, log.read_text()
         assert time.monotonic() < until, log.read_text()
         try:
-            if httpx.get(probe, timeout=5).is_success:
+            if httpx.get(probe, timeout=5, trust_env=False).is_success:
                 return
         except httpx.TransportError:
             time.sleep(POLL_S)
@@ -114,7 +114,7 @@ def _wait(process: "subprocess.Popen[bytes]", probe: str, log: Path) -> None:
 
 def test_the_audit_fails_vllms_own_server(bare: str) -> None:
     found = {item.probe: item.outcome for item in run.audit(bare, BARE_KEY)}
-    # Each of these shows more than a user needs, by itself.
+    # Each of these alone reveals more than a user needs.
     for probe in (
         "prompt_logprobs=1",
         "echo and logprobs",
