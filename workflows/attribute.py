@@ -1,4 +1,4 @@
-"""Whose watermark is in these texts: `azeotrope trace answers.jsonl runs/pocket_demo`."""
+"""Find whose watermark texts carry: `azeotrope attribute answers.jsonl runs/pocket_demo`."""
 
 import json
 from collections.abc import Mapping
@@ -11,7 +11,9 @@ from transformers import PreTrainedTokenizerBase
 
 from azeotrope import models
 from azeotrope.config import ConfigError
+from azeotrope.config import build as build_config
 from azeotrope.defenses.watermark import Config as WatermarkConfig
+from azeotrope.defenses.watermark import Watermark
 from azeotrope.evidence.attribution import Verdict, attribute
 from experiment.points import Point, find_point
 from gateway.accounts.key_records import KeyRecord
@@ -20,9 +22,9 @@ from workflows.keys import existing_keys
 
 JSON_ENDINGS = {".jsonl", ".ndjson", ".json"}
 CONFIGURED = "configured"
-"""Stands where a key's id stands: the mark of text that was written without a gateway's key."""
-SHOWN = 20
-"""Marks that are listed; found ones always are."""
+"""In place of a key's id: the mark of text that was written without a gateway's key."""
+LISTED = 20
+"""Marks in the table; detected ones are always listed."""
 
 
 def main(
@@ -36,33 +38,37 @@ def main(
     alarm_rate: float,
     stores: StoreLocation,
 ) -> None:
-    """Print what the mark of every key says about the texts, all of them together.
+    """Print what the mark of every key says about the texts of a file, all of them together.
 
     Args:
-        share, context: None takes those of the source's watermark, or else the defaults.
+        share, context: None takes those of the source's watermark, or the defaults without one.
 
     Raises:
-        ConfigError: if there is no text, no store, or the source is not what served.
+        ConfigError: if there is no text, no key store, no such source, or a setting does not fit.
     """
     records = existing_keys(stores).list()
     texts = read_texts(file)
     point = find_point(source, defense)
     settings = _settings(point, share, context)
     loaded = _tokenizer(tokenizer or point.checkpoint)
-    # Markers of a beginning were not written by the model.
+    # Without special tokens: the model did not write the one that begins a text.
     ids = [loaded.encode(text, add_special_tokens=False) for text in texts]
     marks = {record.id: record.watermark_key for record in records if record.watermark_key}
     marks[CONFIGURED] = settings.key
     try:
         verdicts = attribute(
-            ids, marks, share=settings.share, context=settings.context, alarm_rate=alarm_rate
+            ids,
+            {holder: _with_key(settings, key) for holder, key in marks.items()},
+            alarm_rate=alarm_rate,
         )
     except ValueError as error:
-        raise ConfigError(f"trace: {error}") from None
+        raise ConfigError(f"attribute: {error}") from None
     console = Console()
     console.print(_table(verdicts, {record.id: record for record in records}))
-    said = f"share {settings.share:g}, context {settings.context}"
-    console.print(f"{len(texts):,} texts, {len(verdicts)} marks tried ({said})", soft_wrap=True)
+    watermark = f"share {settings.share:g}, context {settings.context}"
+    console.print(
+        f"{len(texts):,} texts, {len(verdicts)} marks tried ({watermark})", soft_wrap=True
+    )
     console.print(_conclusion(verdicts, alarm_rate), soft_wrap=True)
 
 
@@ -70,7 +76,7 @@ def read_texts(path: Path) -> list[str]:
     """Texts of a file: the field `text` of JSON lines, or every line; blank ones are skipped.
 
     Raises:
-        ConfigError: if there is no such file, no text in it, or a row that has none.
+        ConfigError: if there is no such file, no text in it, or a row without a text.
     """
     if not path.is_file():
         raise ConfigError(f"no file {path}; give lines of text, or JSON lines with a field `text`")
@@ -82,7 +88,7 @@ def read_texts(path: Path) -> list[str]:
         lines = [_field(path, number, line) for number, line in enumerate(lines, 1)]
     texts = [line for line in lines if line.strip()]
     if not texts:
-        raise ConfigError(f"{path} holds no text; there is nothing to trace")
+        raise ConfigError(f"{path} holds no text; there is nothing to attribute")
     return texts
 
 
@@ -94,29 +100,33 @@ def _is_object(line: str) -> bool:
 
 
 def _field(path: Path, number: int, line: str) -> str:
-    place = f"{path}, row {number}"
+    row_name = f"{path}, row {number}"
     try:
         row = json.loads(line)
     except ValueError:
-        raise ConfigError(f"{place} is no JSON; each line is an object with a `text`") from None
+        raise ConfigError(f"{row_name} is no JSON; each line is an object with a `text`") from None
     if not isinstance(row, dict):
-        raise ConfigError(f"{place} is no object; each line is an object with a `text`")
+        raise ConfigError(f"{row_name} is no object; each line is an object with a `text`")
     if not isinstance(row.get("text"), str):
-        known = ", ".join(row) or "nothing"
-        raise ConfigError(f"{place} has no text in a field `text`; it has {known}")
+        fields = ", ".join(row) or "no field"
+        raise ConfigError(f"{row_name} has no text in a field `text`; it has {fields}")
     return row["text"]
 
 
 def _settings(point: Point, share: float | None, context: int | None) -> WatermarkConfig:
-    found = [dict(part) for part in point.decoding if part["name"] == "watermark"]
-    given = {"share": share, "context": context}
-    given = {name: value for name, value in given.items() if value is not None}
-    if len(found) > 1:
-        raise ConfigError(f"the source has {len(found)} watermarks; no text can tell them apart")
-    try:
-        return WatermarkConfig.model_validate({**(found[0] if found else {}), **given})
-    except ValueError as error:
-        raise ConfigError(f"trace: {error}") from None
+    watermarks = [dict(part) for part in point.decoding if part["name"] == "watermark"]
+    if len(watermarks) > 1:
+        raise ConfigError(
+            f"the source has {len(watermarks)} watermarks; no text can tell them apart"
+        )
+    settings = watermarks[0] if watermarks else {"name": "watermark"}
+    options = {"share": share, "context": context}
+    settings |= {name: value for name, value in options.items() if value is not None}
+    return build_config(WatermarkConfig, settings, source="attribute")
+
+
+def _with_key(settings: WatermarkConfig, key: str) -> Watermark:
+    return Watermark(WatermarkConfig.model_validate({**settings.dump(), "key": key}))
 
 
 def _tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -127,21 +137,27 @@ def _tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 
 def _table(verdicts: list[Verdict], records: Mapping[str, KeyRecord]) -> Table:
-    table = Table(title="marks, the surest first")
+    table = Table(title="marks, the smallest p first")
     table.add_column("key", no_wrap=True)
     table.add_column("name", overflow="fold")
     for column in ("tokens judged", "z", "corrected p"):
         table.add_column(column, justify="right")
     table.add_column("verdict", no_wrap=True)
-    shown = [item for row, item in enumerate(verdicts) if item.found or row < SHOWN]
-    for item in shown:
-        names = dict.fromkeys(_name(holder, records) for holder in item.holders)
-        cells = ("\n".join(item.holders), ", ".join(names), f"{item.detection.scored:,}")
-        more = (f"{item.detection.z:.1f}", f"{item.p_value:.2g}", "found" if item.found else "-")
+    listed = [verdict for row, verdict in enumerate(verdicts) if verdict.detected or row < LISTED]
+    for verdict in listed:
+        names = dict.fromkeys(_name(holder, records) for holder in verdict.holders)
+        cells = (
+            "\n".join(verdict.holders),
+            ", ".join(names),
+            f"{verdict.detection.scored:,}",
+            f"{verdict.detection.z:.1f}",
+            f"{verdict.p_value:.2g}",
+            "found" if verdict.detected else "-",
+        )
         # Text and not markup: a name may hold brackets.
-        table.add_row(*(Text(cell) for cell in (*cells, *more)))
-    if len(shown) < len(verdicts):
-        table.caption = f"and {len(verdicts) - len(shown)} marks more, none of them found"
+        table.add_row(*(Text(cell) for cell in cells))
+    if len(listed) < len(verdicts):
+        table.caption = f"and {len(verdicts) - len(listed)} more marks, none of them found"
     return table
 
 
@@ -150,14 +166,14 @@ def _name(holder: str, records: Mapping[str, KeyRecord]) -> str:
 
 
 def _conclusion(verdicts: list[Verdict], alarm_rate: float) -> str:
-    found = [item for item in verdicts if item.found]
-    rate = f"innocent text is laid to anybody with a probability of at most {alarm_rate:g}"
-    if found:
-        whose = "; ".join(", ".join(item.holders) for item in found)
-        return f"[bold]The texts carry the mark of {whose}[/bold] ({rate})."
+    detected = [verdict for verdict in verdicts if verdict.detected]
+    rate = f"unmarked text is attributed to any key with a probability of at most {alarm_rate:g}"
+    if detected:
+        holders = "; ".join(", ".join(verdict.holders) for verdict in detected)
+        return f"[bold]The texts carry the mark of {holders}[/bold] ({rate})."
     if verdicts[0].detection.scored == 0:
-        return "[bold]Nobody's mark is found[/bold]: the texts are too short to judge a token."
+        return "[bold]No mark is found[/bold]: the texts are too short to judge a token."
     return (
-        f"[bold]Nobody's mark is found[/bold] ({rate}). That clears nobody: too little text, "
-        "paraphrase, or other settings of the watermark hide a mark."
+        f"[bold]No mark is found[/bold] ({rate}). This does not clear any key: too little text, "
+        "paraphrasing, or other settings of the watermark hide a mark."
     )

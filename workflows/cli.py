@@ -136,7 +136,8 @@ def audit(
 
 
 @app.command()
-def trace(
+@app.command("trace", hidden=True)
+def attribute(
     file: Annotated[
         Path, typer.Argument(help="lines of text, or JSON lines (.jsonl) with a field `text`")
     ],
@@ -148,18 +149,18 @@ def trace(
         str | None, typer.Option(help="checkpoint or folder (default: the source's)")
     ] = None,
     share: Annotated[
-        float | None, typer.Option(help="of green tokens (default: the source's)")
+        float | None, typer.Option(help="share of green tokens (default: the source's)")
     ] = None,
     context: Annotated[
         int | None, typer.Option(help="tokens that decide a list (default: the source's)")
     ] = None,
     alarm_rate: Annotated[
-        float, typer.Option(help="how often innocent text may be laid to anybody")
+        float, typer.Option(help="probability that unmarked text is attributed to any key")
     ] = 1e-4,
     store: StorePath = None,
     redis: RedisUrl = None,
 ) -> None:
-    """Say whose watermark is in texts: every key's mark is looked for."""
+    """Identify the API key whose watermark texts carry, by looking for every key's mark."""
     from workflows.attribute import main as run
 
     run(

@@ -5,9 +5,9 @@ A defense called `doge` is the module `azeotrope/defenses/doge.py` with a class 
 """
 
 import copy
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, Protocol, SupportsInt, runtime_checkable
 
 from pydantic import Field
 
@@ -29,7 +29,7 @@ _DEFENSES = Plugins(azeotrope.defenses, "defense")
 
 
 class DefenseConfig(Config):
-    """What every defense can be told."""
+    """Settings that every defense has."""
 
     name: str
     strength: float = Field(default=1.0, ge=0, description="0 is the identity")
@@ -71,6 +71,32 @@ class RewrittenText:
         return cls(after, "unchanged" if after == before else "changed")
 
 
+TokenizedTexts = Iterable[Iterable[SupportsInt]]
+"""Token ids of the teacher's tokenizer, one sequence per text, without prompts."""
+
+
+@runtime_checkable
+class Suspect(Protocol):
+    """A model that may have learned from a defended teacher."""
+
+    def complete(self, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+        """One completion per prompt, in token ids of the teacher's tokenizer."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Detection:
+    """How surely a defense finds its mark."""
+
+    scored: int
+    """Independent observations that were counted; 0 if the evidence is too short."""
+    p_value: float
+    """The probability of at least as strong evidence if the mark is absent."""
+    z: float = field(default=0.0, compare=False)
+    """Standard deviations above the mean without a mark. It is there to be read and to order
+    results; decisions use the p-value, which is exact where the normal distribution is not."""
+
+
 class Defense(DecodingHooks):
     """Hooks that do nothing by default; a defense overrides those of its stage.
 
@@ -85,12 +111,12 @@ class Defense(DecodingHooks):
     stage: ClassVar[Stage]
     needs_proxies: ClassVar[bool] = False
     is_baseline: ClassVar[bool] = False
-    """A yardstick for the others: measured at one budget, without clean-ups."""
+    """Other defenses are compared with it. It is measured at one budget, without clean-ups."""
     layer: str | None = None
-    """The layer of the proxies whose gradients the loss needs: it is then given `Surrogate`s, and
-    features that enter that layer. None asks for `ProxyHead`s and last hidden states."""
+    """The layer of the proxies whose gradients the loss needs. The loss then gets `Surrogate`s, and
+    features that enter that layer. With None it gets `ProxyHead`s and last hidden states."""
     needs_truth: bool = False
-    """The loss looks at ground-truth texts; without any it would do nothing."""
+    """The loss needs ground-truth texts; without any it would be zero."""
 
     def __init__(self, config: Any) -> None:
         self.config = config
@@ -107,11 +133,11 @@ class Defense(DecodingHooks):
         """Refuse settings that do not fit a teacher of this hidden size (stage `weights`).
 
         Raises:
-            ValueError: with what was given and what is allowed.
+            ValueError: if a setting does not fit.
         """
 
     def parametrise(self, head: Head, clean: Head, rows: int) -> Head:
-        """What is trained in place of the whole head (stage `weights`).
+        """The head whose parameters are trained in place of the whole head (stage `weights`).
 
         Args:
             clean: the undefended teacher's head, to compare with.
@@ -121,7 +147,7 @@ class Defense(DecodingHooks):
 
     @property
     def uses_public_key(self) -> bool:
-        """Whether its secret is the one printed in the documentation, which protects nothing."""
+        """Whether its key is the default one, which is public and protects nothing."""
         return False
 
     @property
@@ -132,16 +158,32 @@ class Defense(DecodingHooks):
         """Learn the shape of the training data before the first step (stage `weights`)."""
 
     def loss(self, head: Any, proxies: tuple[Any, ...], batch: FeatureBatch) -> TokenSum:
-        """The objective to minimise over the head's parameters (stage `weights`)."""
+        """The objective to minimise over the head's parameters (stage `weights`).
+
+        Raises:
+            TypeError: if the defense is of another stage.
+        """
         raise TypeError(f"{type(self).__name__} of stage {self.stage!r} has no training loss")
 
     def score(self, head: Any, proxies: tuple[Any, ...], batch: FeatureBatch) -> float | None:
-        """How little a thief learns, on texts held out; lower is better (stage `weights`).
+        """How much an attacker learns from held-out texts; lower is better (stage `weights`).
 
-        Among the heads that keep the utility floor the one with the lowest score is chosen; None
-        chooses the last.
+        The search takes the head with the lowest score among those that keep the utility floor. If
+        the score is None it takes the last one.
         """
         return None
+
+    def detect(self, evidence: TokenizedTexts | Suspect) -> Detection:
+        """Look for this defense's mark, all texts together.
+
+        Args:
+            evidence: texts, or a model that is asked for texts. Each defense says which it takes.
+
+        Raises:
+            TypeError: if the defense leaves no mark, or takes the other kind of evidence.
+            ValueError: if the evidence cannot be read.
+        """
+        raise TypeError(f"{type(self).__name__} leaves no mark that could be detected")
 
     def rewrite(
         self, texts: Sequence[FinishedText], context: RewriteContext

@@ -1,1 +1,1 @@
-"""Whose text and whose student: attribution of texts to keys."""
+"""Evidence on suspected distillation: which key's mark texts carry."""

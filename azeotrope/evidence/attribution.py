@@ -1,18 +1,17 @@
-"""Whose watermark do texts carry: the mark of every key is looked for, and guesses are paid for.
+"""Attribute texts to the key whose mark they carry.
 
-Who tries m marks on innocent text finds the least of m p-values, so each is multiplied by m
-(Bonferroni). The probability that innocent text is laid to anybody at all is then at most the
-alarm rate, however many keys there are.
+The mark of every key is looked for. If m marks are tried on unmarked text, the smallest of m
+p-values is small by chance, so each p-value is multiplied by m (Bonferroni). The probability that
+unmarked text is attributed to any key is then at most the alarm rate, however many keys there are.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import SupportsInt
 
-from azeotrope.defenses.watermark import CONTEXT, SHARE, Detection, different_pairs, judge
+from azeotrope.defenses.base import Defense, Detection, TokenizedTexts
 
 ALARM_RATE = 1e-4
-"""How often innocent text may be laid to anybody."""
+"""The probability that unmarked text is attributed to any key."""
 
 
 @dataclass(frozen=True)
@@ -20,46 +19,43 @@ class Verdict:
     """What one mark says about the texts, all of them together."""
 
     holders: tuple[str, ...]
-    """Whose mark it is. A key that was rotated has its successor's mark, and texts cannot tell."""
+    """The keys that have this mark. A rotated key passes its mark on to its successor, and texts
+    cannot tell the two apart."""
     detection: Detection
     p_value: float
     """Corrected for the number of marks that were tried."""
-    found: bool
+    detected: bool
 
 
 def attribute(
-    completions: Iterable[Iterable[SupportsInt]],
-    marks: Mapping[str, str],
-    *,
-    share: float = SHARE,
-    context: int = CONTEXT,
-    alarm_rate: float = ALARM_RATE,
+    texts: TokenizedTexts, marks: Mapping[str, Defense], *, alarm_rate: float = ALARM_RATE
 ) -> list[Verdict]:
-    """Judge texts by every mark, the surest first.
+    """Look for every mark in texts.
 
     Args:
-        completions: token ids of the teacher's tokenizer, one sequence a text, without prompts.
-            Each different pair of a context and a token counts once over all texts.
-        marks: secret watermark keys by their holders. Holders of one secret are one mark.
-        share, context: those of the defense.
-        alarm_rate: greatest corrected p-value at which a mark counts as found.
+        marks: by holder, the defense that marked the holder's texts. Holders of defenses with
+            equal settings share one mark.
+        alarm_rate: the largest corrected p-value at which a mark counts as detected.
+
+    Returns:
+        One verdict per mark, the smallest p-value first.
 
     Raises:
-        ValueError: if there is no mark, a secret is empty, the rate is no probability, or an id
-            is negative.
+        TypeError: if a defense leaves no mark, or cannot detect it in texts.
+        ValueError: if there is no mark, the rate is no probability, or an id is negative.
     """
     if not marks:
         raise ValueError("there is no mark to look for")
     if not 0 < alarm_rate < 1:
         raise ValueError(f"the alarm rate is between 0 and 1, got {alarm_rate:g}")
+    ids = [[int(token) for token in text] for text in texts]
     holders: dict[str, list[str]] = {}
-    for holder, secret in marks.items():
-        holders.setdefault(secret, []).append(holder)
-    pairs = different_pairs(completions, context)
+    for holder, defense in marks.items():
+        holders.setdefault(defense.config.model_dump_json(), []).append(holder)
     verdicts = []
-    for secret, names in holders.items():
-        detection = judge(pairs, key=secret, share=share)
+    for names in holders.values():
+        detection = marks[names[0]].detect(ids)
         corrected = min(1.0, detection.p_value * len(holders))
-        verdicts.append(Verdict(tuple(names), detection, corrected, found=corrected <= alarm_rate))
-    # Beyond the smallest float all p-values are 0, and z still tells them apart.
+        verdicts.append(Verdict(tuple(names), detection, corrected, corrected <= alarm_rate))
+    # Strong marks all have a p-value of 0 in floating point; z still orders them.
     return sorted(verdicts, key=lambda verdict: (verdict.p_value, -verdict.detection.z))

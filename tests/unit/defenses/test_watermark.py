@@ -1,4 +1,4 @@
-"""The mark is found with its key and not with another, and innocent text is seldom accused."""
+"""The mark is detected with its key and with no other, and rarely in unmarked text."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ from azeotrope.defenses import base
 from azeotrope.defenses.watermark import (
     PUBLIC_KEY,
     Config,
-    Detection,
+    GreenCount,
     Watermark,
     build,
     detect,
@@ -41,13 +41,12 @@ def written(
     teacher: models.Loaded, defense: Watermark, problems: int = 40, temperature: float = 1.0
 ) -> list[tuple[int, ...]]:
     sampling = Sampling(temperature=temperature)
-    asked = TASK.problems("test", problems)
-    traces = collect(teacher, TASK, asked, sampling, hooks=[defense])
+    traces = collect(teacher, TASK, TASK.problems("test", problems), sampling, hooks=[defense])
     return [trace.completion_ids for trace in traces]
 
 
 @pytest.fixture(scope="module")
-def innocent(teacher: models.Loaded) -> list[tuple[int, ...]]:
+def unmarked(teacher: models.Loaded) -> list[tuple[int, ...]]:
     return written(teacher, build(Config(strength=0)))
 
 
@@ -55,7 +54,7 @@ def innocent(teacher: models.Loaded) -> list[tuple[int, ...]]:
 
 
 def test_the_green_list_of_a_key_and_a_context_is_always_this_one() -> None:
-    # Whoever changes these numbers can no longer detect the text that is already in the world.
+    # If these numbers change, texts that were marked before can no longer be detected.
     first = green_list([5], 24, key="a key", share=0.25)
     assert np.flatnonzero(first).tolist() == [7, 11, 17, 21]
     second = green_list([5, 7], 24, key="a key", share=0.5)
@@ -82,7 +81,7 @@ def test_the_share_of_green_tokens_is_gamma(share: float) -> None:
 
 def test_key_and_every_token_of_the_context_matter() -> None:
     usual = green_list([1, 2, 3], 4000, key="k", share=0.5)
-    others = [
+    changed = [
         green_list([1, 2, 3], 4000, key="K", share=0.5),
         green_list([1, 2, 4], 4000, key="k", share=0.5),
         green_list([0, 2, 3], 4000, key="k", share=0.5),
@@ -90,26 +89,26 @@ def test_key_and_every_token_of_the_context_matter() -> None:
         green_list([2, 3], 4000, key="k", share=0.5),
         green_list([1, 2, 3], 4000, key="k" * 200, share=0.5),
     ]
-    for other in others:
-        assert binomtest(int(np.sum(usual == other)), 4000, 0.5).pvalue > 1e-4
+    for variant in changed:
+        assert binomtest(int(np.sum(usual == variant)), 4000, 0.5).pvalue > 1e-4
 
 
 # Adjusting logits
 
 
-def test_green_tokens_are_raised_by_the_strength_and_others_are_left() -> None:
+def test_green_tokens_are_raised_by_the_strength_and_red_ones_stay() -> None:
     logits = drawn(4, VOCAB)
     logits[0, :10] = -torch.inf
     before = logits.clone()
     defense = build(Config(strength=1.5, context=2, key="k"))
-    found = defense.adjust_logits(logits, [[1, 2], [9, 1, 2], [7], []])
+    adjusted = defense.adjust_logits(logits, [[1, 2], [9, 1, 2], [7], []])
     green = torch.from_numpy(green_list([1, 2], VOCAB, key="k"))
-    assert torch.equal(found[:2], torch.where(green, before[:2] + 1.5, before[:2]))
+    assert torch.equal(adjusted[:2], torch.where(green, before[:2] + 1.5, before[:2]))
     # Too few tokens: no list.
-    assert torch.equal(found[2:], before[2:])
-    assert torch.equal(logits, before), "what was given is not written into"
+    assert torch.equal(adjusted[2:], before[2:])
+    assert torch.equal(logits, before), "the input is not changed"
     # A token that is forbidden stays so.
-    assert (found[0, :10] == -torch.inf).all()
+    assert (adjusted[0, :10] == -torch.inf).all()
 
 
 def test_strength_zero_is_the_identity(teacher: models.Loaded) -> None:
@@ -145,7 +144,7 @@ def test_the_precision_of_the_logits_is_kept_and_gradients_pass() -> None:
         half = defense.adjust_logits(drawn(1, VOCAB).bfloat16(), context)
     assert half.dtype == torch.bfloat16
     logits = drawn(1, VOCAB).requires_grad_()
-    # The list that was kept in inference mode serves outside it too.
+    # The list that was cached in inference mode can be used outside it too.
     defense.adjust_logits(logits, context).sum().backward()
     assert torch.equal(logits.grad, torch.ones(1, VOCAB))
 
@@ -158,30 +157,30 @@ def test_each_pair_counts_once_and_the_tail_is_that_of_the_binomial() -> None:
     green = green_list([9], VOCAB, key="k", share=0.5)
     yes, no = np.flatnonzero(green)[:5].tolist(), np.flatnonzero(~green)[:1].tolist()
     texts = [[9, token] for token in (*yes, *no)]
-    found = detect(texts, key="k", share=0.5, context=1)
-    assert (found.green, found.scored) == (5, 6)
-    assert found.p_value == pytest.approx(7 / 64)
-    assert detect(texts * 10, key="k", share=0.5, context=1) == found
+    count = detect(texts, key="k", share=0.5, context=1)
+    assert (count.green, count.scored) == (5, 6)
+    assert count.p_value == pytest.approx(7 / 64)
+    assert detect(texts * 10, key="k", share=0.5, context=1) == count
     # Four draws of a quarter: P(at least 3) = 4 (1/4)^3 3/4 + (1/4)^4 = 13/256.
     quarter = green_list([9], VOCAB, key="k")
     three = [*np.flatnonzero(quarter)[:3].tolist(), int(np.flatnonzero(~quarter)[0])]
-    found = detect([[9, token] for token in three], key="k", context=1)
-    assert found.p_value == pytest.approx(13 / 256)
+    count = detect([[9, token] for token in three], key="k", context=1)
+    assert count.p_value == pytest.approx(13 / 256)
 
 
 def test_pairs_do_not_cross_texts_and_a_piece_of_a_text_can_be_judged() -> None:
     assert detect([[1, 2, 3], [4, 5, 6]], key="k", context=1).scored == 4
     assert detect([[1, 2, 3], [4, 5, 6]], key="k", context=2).scored == 2
     text = list(range(30))
-    whole, left, right = (detect([part], key="k") for part in (text, text[:14], text[10:]))
+    whole, first, second = (detect([part], key="k") for part in (text, text[:14], text[10:]))
     # Each half has its own four tokens of context, so nothing is counted twice or lost.
-    assert whole.green == left.green + right.green
-    assert whole.scored == left.scored + right.scored == 26
+    assert whole.green == first.green + second.green
+    assert whole.scored == first.scored + second.scored == 26
 
 
 def test_nothing_to_count_proves_nothing() -> None:
     for texts in ([], [[]], [[1, 2, 3, 4]]):
-        assert detect(texts, key="k") == Detection(0, 0, 1.0)
+        assert detect(texts, key="k") == GreenCount(green=0, scored=0, p_value=1.0)
 
 
 def test_arrays_and_tensors_are_counted_like_lists() -> None:
@@ -205,30 +204,30 @@ def test_the_key_is_not_shown_with_the_configuration() -> None:
     assert "secret words" not in repr(Config(key="secret words"))
 
 
-def test_a_server_can_tell_the_key_that_everybody_knows() -> None:
+def test_a_server_can_tell_the_public_key() -> None:
     assert build(Config()).uses_public_key
     assert build(Config(key=PUBLIC_KEY)).uses_public_key
     assert not build(Config(key="secret words")).uses_public_key
 
 
-# What innocent text gets, over keys
+# Unmarked text, over keys
 
 
 @pytest.mark.parametrize(("context", "texts", "share"), [(1, 20, 0.5), (4, 3, 0.25)])
-def test_innocent_text_is_accused_as_seldom_as_the_p_value_says(
-    innocent: list[tuple[int, ...]], context: int, texts: int, share: float
+def test_the_p_value_is_the_rate_of_false_alarms(
+    unmarked: list[tuple[int, ...]], context: int, texts: int, share: float
 ) -> None:
     keys = 500
-    found = [
-        detect(innocent[:texts], key=f"key {number}", share=share, context=context).p_value
+    p_values = [
+        detect(unmarked[:texts], key=f"key {number}", share=share, context=context).p_value
         for number in range(keys)
     ]
     for level in (0.5, 0.2, 0.05, 0.01):
-        accused = sum(p <= level for p in found)
+        alarms = sum(p <= level for p in p_values)
         # More than this by chance once in ten thousand runs, and these keys never change.
-        assert accused <= binom.isf(1e-4, keys, level), f"{accused} of {keys} at {level}"
-    # Nor is the test so careful that it never speaks: the levels are nearly reached.
-    assert sum(p <= 0.2 for p in found) >= binom.isf(1 - 1e-4, keys, 0.15)
+        assert alarms <= binom.isf(1e-4, keys, level), f"{alarms} of {keys} at {level}"
+    # The test has power as well: the levels are nearly reached.
+    assert sum(p <= 0.2 for p in p_values) >= binom.isf(1 - 1e-4, keys, 0.15)
 
 
 @settings(max_examples=10)
@@ -239,25 +238,34 @@ def test_innocent_text_is_accused_as_seldom_as_the_p_value_says(
 def test_however_a_text_repeats_itself_its_colours_are_fair_draws(
     texts: list[list[int]], share: float
 ) -> None:
-    found = [detect(texts, key=f"key {n}", share=share, context=2) for n in range(50)]
-    green, scored = sum(d.green for d in found), sum(d.scored for d in found)
+    counts = [detect(texts, key=f"key {n}", share=share, context=2) for n in range(50)]
+    green, scored = sum(count.green for count in counts), sum(count.scored for count in counts)
     assert binomtest(green, scored, share).pvalue > 1e-6
-    assert sum(d.p_value <= 0.05 for d in found) <= binom.isf(1e-6, 50, 0.05)
+    assert sum(count.p_value <= 0.05 for count in counts) <= binom.isf(1e-6, 50, 0.05)
 
 
-# What marked text gets
+# Marked text
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_its_own_text_is_found_and_by_its_own_key_alone(
-    teacher: models.Loaded, innocent: list[tuple[int, ...]], temperature: float
+def test_marked_text_is_detected_by_its_own_key_alone(
+    teacher: models.Loaded, unmarked: list[tuple[int, ...]], temperature: float
 ) -> None:
     defense = build(Config(key="ours"))
     texts = written(teacher, defense, temperature=temperature)
     assert defense.detect(texts).p_value < 1e-6
     assert defense.detect(texts) == detect(texts, key="ours")
     assert detect(texts, key="theirs").p_value > 0.01
-    assert defense.detect(innocent).p_value > 0.01
+    assert defense.detect(unmarked).p_value > 0.01
+
+
+def test_a_watermark_is_not_detected_in_a_model() -> None:
+    class Student:
+        def complete(self, prompts):
+            return [[1]] * len(prompts)
+
+    with pytest.raises(TypeError, match="detected in texts"):
+        build(Config()).detect(Student())
 
 
 def test_the_prompt_is_not_counted(teacher: models.Loaded) -> None:
