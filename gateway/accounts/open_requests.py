@@ -48,10 +48,6 @@ class OpenRequests:
         if request in self._written:
             self._written[request] += tokens
 
-    def written(self, request: str) -> int:
-        """Completion tokens of an open request so far; 0 if it is not open."""
-        return self._written.get(request, 0)
-
     def settle(self, request: str) -> int | None:
         """Close a request; returns its completion tokens, or None if it was closed before.
 
