@@ -1,6 +1,7 @@
-"""What is served: the settings of an endpoint, and its application on Ray Serve.
+"""The settings of an endpoint, and its application on Ray Serve.
 
-What is served is a run's point or a checkpoint; one whose export was not checked is refused.
+An endpoint serves a run's point or a checkpoint. A checkpoint whose export was not checked is
+refused.
 """
 
 from pathlib import Path
@@ -24,24 +25,28 @@ from gateway.policy import Policy
 
 APP = "azeotrope"
 DRAIN_S = 10.0
-"""After the longest answer that is allowed: then what still runs is cut off."""
+"""Seconds that a stopping replica has beyond the longest permitted answer."""
 DRAIN_POLL_S = 0.5
+SPARE_REQUESTS = 64
+"""Requests that Serve admits beyond the gateway's own limit, so that the gateway refuses them: its
+refusals have the shape that clients understand."""
 REPLICA_ENV = {
     "HF_HUB_OFFLINE": "1",
-    # One event loop in place of three: none of ours is ever blocked, and a token that is handed
-    # from thread to thread costs as much again.
+    # One event loop instead of three: our code never blocks it, and handing every token from thread
+    # to thread doubles the cost of serving it.
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
 }
 LOGGING = {"enable_access_log": False}
-"""Of Serve: the gateway's audit log says who asked, and two lines a request would cost time."""
+"""Serve's logging. The gateway's audit log records requests; two more lines per request would cost
+time."""
 
 
 class Replicas(Config):
-    """How many copies run; Serve moves between the two as requests come and go."""
+    """How many copies run; Serve scales between the two numbers with the load."""
 
     least: int = Field(default=1, ge=1)
-    most: int | None = Field(default=None, ge=1, description="null runs `least` of them, always")
+    most: int | None = Field(default=None, ge=1, description="null always runs `least` copies")
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -53,10 +58,11 @@ class Replicas(Config):
 class ServeConfig(Config):
     """Everything about one endpoint."""
 
-    source: str = Field(description="the folder of a run or of a checkpoint, or pocket/NAME")
-    defense: str | None = Field(default=None, description="which point, where a run has several")
+    source: str = Field(description="folder of a run or of a checkpoint, or pocket/NAME")
+    defense: str | None = Field(default=None, description="name of the point, if a run has several")
     name: str | None = Field(
-        default=None, description="of the model, for clients; null takes the source's last part"
+        default=None,
+        description="the model's name for clients; null takes the last part of the source",
     )
     engine: Kind = "auto"
     decoding: tuple[dict[str, Any], ...] | None = Field(
@@ -64,29 +70,37 @@ class ServeConfig(Config):
     )
     undefended: str | None = Field(
         default=None,
-        description="`teacher` (the point's) or a checkpoint that keys with a distillation licence "
-        "may ask; null serves no undefended model at all",
+        description="`teacher` (the point's) or a checkpoint for keys with a distillation licence; "
+        "null serves no undefended model",
     )
     demo: bool = Field(
-        default=False, description="let the page show the undefended teacher; loopback only"
+        default=False, description="show the undefended teacher on the page; loopback only"
     )
     report: bool = Field(
         default=False,
-        description="link the run's report on the page for everybody; it quotes undefended traces, "
-        "so that without this only a demonstration shows it",
+        description="link the run's report on the page for all visitors; it quotes undefended "
+        "traces, so that without this setting only a demonstration links it",
     )
-    rows: int = Field(default=32, ge=1, description="completions an engine computes side by side")
-    context: int | None = Field(default=None, ge=2, description="null takes the model's")
+    rows: int = Field(
+        default=32, ge=1, description="completions that an engine computes in one batch"
+    )
+    context: int | None = Field(
+        default=None,
+        ge=2,
+        description="tokens of prompt and completion; null takes the model's limit",
+    )
     engines: Replicas = Field(default_factory=Replicas)
     gateways: Replicas = Field(default_factory=lambda: Replicas(least=1, most=2))
-    gpus: float = Field(default=0.0, ge=0, description="of each engine")
-    cpus: float = Field(default=0.5, gt=0, description="of each engine; Ray's book-keeping only")
+    gpus: float = Field(default=0.0, ge=0, description="GPUs per engine")
+    cpus: float = Field(
+        default=0.5, gt=0, description="CPUs per engine; only for Ray's book-keeping"
+    )
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=1, le=65535)
     store: str | None = Field(default=None, description="folder of keys, quotas and logs")
     redis: str | None = Field(
         default=None,
-        description="address of a Redis for keys and quotas, where there are several nodes",
+        description="URL of a Redis for keys and quotas, needed on several nodes",
     )
     policy: Policy = Field(default_factory=Policy)
 
@@ -104,6 +118,7 @@ class ServeConfig(Config):
 
     @property
     def folder(self) -> Path:
+        """The folder of keys, quotas and logs."""
         return (Path(self.store) if self.store else default_store()).expanduser().resolve()
 
     @property
@@ -112,7 +127,7 @@ class ServeConfig(Config):
 
     @property
     def called(self) -> str:
-        """The model's name, for clients."""
+        """The model's name for clients."""
         return self.name or Path(self.source).name or "azeotrope"
 
 
@@ -129,7 +144,7 @@ def build(args: ServeConfig) -> serve.Application:
 
 
 def application(args: ServeConfig) -> serve.Application:
-    """The same, where the stores are not: on a machine that only writes the file.
+    """The application without opening the stores, for a machine that only writes the file.
 
     Raises:
         ConfigError: if the point cannot be served.
@@ -143,15 +158,15 @@ def application(args: ServeConfig) -> serve.Application:
         kind=engines.chosen(args.engine),
         decoding=decoding,
         rows=args.rows,
-        # Twice a full batch may wait: longer queues only make clients time out.
+        # Two full batches may wait. In a longer queue, clients would time out.
         queue=2 * args.rows,
         context=args.context,
     )
     served = engines.deployment(settings, "Defended", _engine_options(args))
     licensed = None
     if clean is not None:
-        other = settings.model_copy(update={"checkpoint": clean, "decoding": ()})
-        licensed = engines.deployment(other, "Undefended", _engine_options(args))
+        undefended = settings.model_copy(update={"checkpoint": clean, "decoding": ()})
+        licensed = engines.deployment(undefended, "Undefended", _engine_options(args))
     gateway = GatewaySettings(
         name=args.called,
         tokenizer=point.checkpoint,
@@ -174,24 +189,24 @@ def application(args: ServeConfig) -> serve.Application:
 
 def _engine_options(args: ServeConfig) -> dict[str, Any]:
     return {
-        # A full batch and its queue; what is above that is refused and not kept waiting.
+        # A full batch and its queue; further requests are refused at once.
         "max_ongoing_requests": 3 * args.rows,
-        # For each gateway, while replicas are being replaced.
+        # Per gateway, while replicas are being replaced.
         "max_queued_requests": args.rows,
         "autoscaling_config": {
             "min_replicas": args.engines.least,
             "initial_replicas": args.engines.least,
             "max_replicas": args.engines.most or args.engines.least,
-            # Another copy before the batch is full: a new one needs a while to load.
+            # Scaling starts before the batch is full, because a new copy takes a while to load.
             "target_ongoing_requests": max(1.0, 0.75 * args.rows),
             "upscale_delay_s": 10.0,
-            # Loading weights is dear, and traffic comes in waves of minutes.
+            # Loading weights is expensive, and traffic comes in waves of minutes.
             "downscale_delay_s": 300.0,
         },
-        # A step of a large batch can hold an engine for seconds; it is not dead then.
+        # A step of a large batch can block a healthy engine for seconds.
         "health_check_period_s": 5.0,
         "health_check_timeout_s": 60.0,
-        # Every answer that was begun may be finished.
+        # Started answers may finish.
         "graceful_shutdown_timeout_s": args.policy.timeout_s + DRAIN_S,
         "graceful_shutdown_wait_loop_s": DRAIN_POLL_S,
         "logging_config": LOGGING,
@@ -206,9 +221,8 @@ def _engine_options(args: ServeConfig) -> dict[str, Any]:
 def _gateway_options(args: ServeConfig) -> dict[str, Any]:
     in_flight = args.policy.in_flight
     return {
-        # Above the gateway's own limit, whose refusals are in the shape that clients understand.
-        "max_ongoing_requests": in_flight + 64,
-        "max_queued_requests": 64,
+        "max_ongoing_requests": in_flight + SPARE_REQUESTS,
+        "max_queued_requests": SPARE_REQUESTS,
         "backpressure_config": BackpressureConfig(status_code=503, retry_after_s=1.0),
         "autoscaling_config": {
             "min_replicas": args.gateways.least,
@@ -224,7 +238,7 @@ def _gateway_options(args: ServeConfig) -> dict[str, Any]:
         "graceful_shutdown_wait_loop_s": DRAIN_POLL_S,
         "logging_config": LOGGING,
         "user_config": args.policy.dump(),
-        # Mostly waiting: it reads, counts and writes.
+        # A gateway waits most of its time.
         "ray_actor_options": {
             "num_cpus": 0.1,
             "runtime_env": {"env_vars": REPLICA_ENV | environment(metrics_folder(args))},
@@ -233,30 +247,31 @@ def _gateway_options(args: ServeConfig) -> dict[str, Any]:
 
 
 def _undefended(args: ServeConfig, point: Point) -> str | None:
-    wanted = args.undefended or ("teacher" if args.demo else None)
-    if wanted is None:
+    """The undefended checkpoint to serve beside the defended one."""
+    checkpoint = args.undefended or ("teacher" if args.demo else None)
+    if checkpoint is None:
         return None
-    if wanted == "teacher":
+    if checkpoint == "teacher":
         if point.teacher is None:
             raise ConfigError(
                 f"{args.source} does not say which undefended teacher it came from; "
                 "name a checkpoint with undefended=PATH"
             )
-        wanted = point.teacher
+        checkpoint = point.teacher
     try:
-        return models.resolve(wanted)
+        return models.resolve(checkpoint)
     except FileNotFoundError as error:
         raise ConfigError(f"undefended: {error}") from None
 
 
 def _check_defenses(decoding: tuple[dict[str, Any], ...]) -> None:
-    """A secret that is printed in the documentation protects nothing."""
+    """Refuse a secret that is printed in the documentation, because it protects nothing."""
     for part in decoding:
         defense = defenses.resolve(dict(part))
         if defense.uses_public_key:
             raise ConfigError(
-                f"defense {part['name']} has the key that everybody knows; "
-                "give it one of your own (key=...)"
+                f"defense {part['name']} has the public key of the documentation; "
+                "give it a key of your own (key=...)"
             )
 
 
@@ -265,19 +280,19 @@ def _is_pocket(checkpoint: str) -> bool:
 
 
 def _open_stores(args: ServeConfig) -> None:
-    """Have the stores, so that replicas find them: they refuse to start without."""
+    """Create the stores if they do not exist, because replicas refuse to start without them."""
     open_keys(args.stores)
 
 
 def metrics_folder(config: ServeConfig) -> Path:
-    """What the processes of one endpoint count into; another endpoint has another port."""
+    """The folder in which the processes of one endpoint count; endpoints differ by port."""
     return config.folder / METRICS / str(config.port)
 
 
 def deploy_file(config: ServeConfig) -> dict[str, Any]:
-    """What `serve deploy` reads. Ray's own `serve build` would bind to every address.
+    """The file that `serve deploy` reads. Ray's own `serve build` would bind to every address.
 
-    The policy is there twice. A change in the arguments makes every replica anew; one in
+    The policy occurs twice. A change in the arguments restarts every replica; a change in
     `user_config` reaches the gateways while they run.
     """
     return {

@@ -1,6 +1,7 @@
-"""Points that a run has reached: defended teachers that can be served, and what goes with each."""
+"""Points of a run: defended teachers that can be served, with all that belongs to each."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,12 +19,14 @@ from azeotrope.tokens import Boundary
 from experiment.stages import RECORD
 
 if TYPE_CHECKING:
-    # Not loaded to serve: they bring Ray Train, data frames and plots, which take seconds.
-    from experiment.results import Taught
+    # Not imported to serve: they load Ray Train, data frames and plots, which takes seconds.
     from experiment.settings import ExperimentConfig
+    from experiment.teachers import TeacherResult
 
 POINTS = "points.json"
 REPORT = "report.html"
+LOW_PRECISION_TOLERANCE = 0.25
+"""Largest difference of logits that an export may have if it was checked in bfloat16."""
 
 
 class Point(Config):
@@ -38,7 +41,7 @@ class Point(Config):
     teacher: str | None = Field(default=None, description="the undefended teacher it came from")
     boundary: Boundary = Field(default_factory=Boundary)
     task: TaskConfig | None = None
-    report: str | None = None
+    report: str | None = Field(default=None, description="the run's report, for the page")
 
     @property
     def label(self) -> str:
@@ -46,36 +49,39 @@ class Point(Config):
         return strength_label(self.defense, self.strength)
 
 
-def write_points(config: "ExperimentConfig", folder: Path, taught: "list[Taught]") -> None:
-    """Record what a run may be served from."""
-    found = []
-    for item in taught:
-        assert item.choice is not None
-        parts = [part for part in item.choice.resolve() if not part.is_identity]
+def write_points(
+    config: "ExperimentConfig", folder: Path, teachers: "Sequence[TeacherResult]"
+) -> None:
+    """Write the defended teachers that a run may be served from to `points.json`."""
+    points = []
+    for teacher in teachers:
+        choice = teacher.choice
+        assert choice is not None
+        parts = [part for part in choice.resolve() if not part.is_identity]
         point = Point(
-            defense=item.label,
-            strength=item.strength,
-            checkpoint=item.checkpoint or models.resolve(config.teacher),
-            decoding=tuple(part.config.dump() for part in parts if part.stage == "decoding"),
-            rewriting=tuple(part.config.dump() for part in parts if part.stage == "text"),
-            control=item.choice.control or all(part.is_baseline for part in parts),
+            defense=teacher.label,
+            strength=teacher.strength,
+            checkpoint=teacher.checkpoint or models.resolve(config.teacher),
+            decoding=tuple(part.config.dump() for part in choice.acting("decoding")),
+            rewriting=tuple(part.config.dump() for part in choice.acting("text")),
+            control=choice.control or all(part.is_baseline for part in parts),
             teacher=models.resolve(config.teacher),
             boundary=config.boundary,
             task=config.task,
             report=str(folder / REPORT),
         )
-        found.append(point.dump())
-    write_json(folder / POINTS, found)
+        points.append(point.dump())
+    write_json(folder / POINTS, points)
 
 
 def find_point(source: str, defense: str | None = None) -> Point:
-    """The point behind a run folder, a checkpoint's folder, or a model's name.
+    """The point of a run folder, a checkpoint's folder, or a model's name.
 
     Args:
-        defense: which of a run's points; may be left out where there is one.
+        defense: the name of one of the run's points; needed only if there are several.
 
     Raises:
-        ConfigError: if there is none, or several, or the check of its export did not pass.
+        ConfigError: if no point or several fit, or the check of the export did not pass.
     """
     folder = Path(source).expanduser()
     if (folder / POINTS).is_file():
@@ -83,7 +89,7 @@ def find_point(source: str, defense: str | None = None) -> Point:
     elif (folder / "config.json").is_file() and _is_run(folder):
         raise ConfigError(
             f"{source} is a run without {POINTS}: it did not end, or an older version made it; "
-            "run its pipeline again, which takes what is finished from the cache"
+            "run its pipeline again, which takes finished stages from the cache"
         )
     else:
         try:
@@ -107,14 +113,14 @@ def _of_run(folder: Path, defense: str | None) -> Point:
     except ValidationError as error:
         raise ConfigError(f"{folder / POINTS} cannot be read: {explain(error)}") from None
     named = [point for point in points if defense in (point.defense, point.label)]
-    wanted = named if defense is not None else [point for point in points if not point.control]
-    if len(wanted) == 1:
-        return wanted[0]
-    known = ", ".join(point.label for point in points) or "nothing"
-    of_those = "that are no controls" if defense is None else f"called {defense!r}"
+    candidates = named if defense is not None else [p for p in points if not p.control]
+    if len(candidates) == 1:
+        return candidates[0]
+    labels = ", ".join(point.label for point in points) or "nothing"
+    kind = "that are no controls" if defense is None else f"called {defense!r}"
     raise ConfigError(
-        f"{folder} has {len(wanted)} points {of_those}; choose with defense=NAME or "
-        f"defense='NAME (STRENGTH)' from {known}"
+        f"{folder} has {len(candidates)} points {kind}; choose with defense=NAME or "
+        f"defense='NAME (STRENGTH)' from {labels}"
     )
 
 
@@ -134,7 +140,7 @@ def _is_cached(name: str) -> bool:
 
 
 def _check_export(checkpoint: Path) -> None:
-    """Refuse a head whose export was not finished, not checked, or not what lies there now."""
+    """Refuse a head whose export was not finished or not checked, or was changed afterwards."""
     stage = checkpoint.parent
     if not (stage / "head.json").is_file():
         if stage.name.startswith((".head-", "head-")):
@@ -143,23 +149,25 @@ def _check_export(checkpoint: Path) -> None:
                 "run the workflow that made it again"
             )
         return
-    described = json.loads((stage / "head.json").read_text())
-    check = described.get("export")
+    head = json.loads((stage / "head.json").read_text())
+    check = head.get("export")
     if not (stage / RECORD).is_file() or check is None:
         raise ConfigError(f"{checkpoint} has no finished export check; run its workflow again")
     difference = check["largest_logit_difference"]
-    if check["tied"] or not difference <= (TOLERANCE if check.get("float32", True) else 0.25):
+    tolerance = TOLERANCE if check.get("float32", True) else LOW_PRECISION_TOLERANCE
+    # Written so that NaN does not pass.
+    if check["tied"] or not difference <= tolerance:
         raise ConfigError(
             f"{checkpoint} did not pass its export check (logits {difference:.2g} away, "
             f"tied: {check['tied']}); it is not served"
         )
-    if described.get("undefended"):
+    if head.get("undefended"):
         raise ConfigError(
             f"{checkpoint} has the undefended head: no round of its training kept the utility "
-            "floor. If it is to be served all the same, give the teacher itself as the source"
+            "floor. To serve it all the same, give the teacher itself as the source"
         )
-    known = described.get("fingerprint")
-    if known is not None and known != models.fingerprint(str(checkpoint)):
+    fingerprint = head.get("fingerprint")
+    if fingerprint is not None and fingerprint != models.fingerprint(str(checkpoint)):
         raise ConfigError(
             f"{checkpoint} was changed after its export check; run its workflow again"
         )

@@ -1,63 +1,68 @@
-"""Checks that cost seconds and spare hours: everything a run needs, before any model loads."""
+"""Checks before a run: they take seconds, load no model, and find what would fail after hours."""
 
 import shutil
 from pathlib import Path
 
 import torch
+from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from actors.heads import CHECKED_PROMPTS
 from azeotrope import models, packaged
 from azeotrope.config import ConfigError
+from azeotrope.defenses.base import Defense
 from azeotrope.heads.folding import check_foldable
 from azeotrope.heads.surrogate import check_vocabulary, first_block
-from azeotrope.heads.utility import UtilityFloor
 from azeotrope.logits.vocabulary import share, token_rows
 from azeotrope.pocket import smollm2
-from azeotrope.tasks import Task
 from azeotrope.tasks import build as build_task
 from azeotrope.traces import ground_truth
-from experiment.settings import LESSON_PROBLEMS, DefenseChoice, ExperimentConfig
+from experiment.plan import all_attacks, begun_ranges, head_truth, problem_ranges
+from experiment.settings import DefenseChoice, ExperimentConfig
 
 LEAST_DISK = 500 << 20
+"""Bytes of free disk space."""
 
 
-def preflight(config: ExperimentConfig, *, convert: bool = True) -> None:
-    """Raise the first thing that would stop the run later; nothing is downloaded.
+def preflight(
+    config: ExperimentConfig, console: Console | None = None, *, convert: bool = True
+) -> None:
+    """Check everything that would stop the run later; nothing is downloaded.
 
-    What is on a hub is checked as far as it is on this machine: models and data sets that must be
+    Models and data sets of a hub are checked if they are on this machine. Those that must be
     downloaded are fetched when the run starts.
 
     Args:
-        convert: make the checkpoints that are converted from an installed package. If not, it is
-            only checked that the package is there.
+        console: says which checkpoint is being converted; None writes to standard output.
+        convert: convert the checkpoints that come from an installed package. If not, only the
+            package is looked for.
 
     Raises:
         ConfigError: with what was given, what is allowed and what to do.
     """
     _disk(Path(config.cache))
-    suspects = [name for name in config.probe.subspace if name != "teacher"] if config.probe else []
+    suspects = config.probe.suspects if config.probe else ()
     for name in (*config.models, *suspects):
-        _smollm2(name, convert)
+        if packaged.is_packaged(name):
+            _packaged_model(name, (console or Console()) if convert else None)
     for name in suspects:
-        is_here(name)
-    here = {name for name in config.models if is_here(name)}
-    for name in here:
+        is_local_model(name)
+    local_models = {name for name in config.models if is_local_model(name)}
+    for name in local_models:
         _context(name, config.max_length)
-    if here.issuperset((config.teacher, *config.proxies)):
+    if local_models.issuperset((config.teacher, *config.proxies)):
         _proxies(config)
         _defenses(config)
-    if config.teacher in here:
+    if config.teacher in local_models:
         _views(config)
     if config.task.is_local:
         _problems(config)
 
 
-def is_here(name: str) -> bool:
+def is_local_model(name: str) -> bool:
     """Whether a model is a checkpoint on this machine, and not to be converted or downloaded.
 
     Raises:
-        ConfigError: if it should be here and is not.
+        ConfigError: if the name is a folder or a shipped model that does not exist.
     """
     if packaged.is_packaged(name) and not packaged.is_converted(name):
         return False
@@ -67,103 +72,76 @@ def is_here(name: str) -> bool:
         raise ConfigError(str(error)) from None
 
 
-def _smollm2(name: str, convert: bool) -> None:
-    """Have the checkpoint of this name, if it is one that comes out of a package."""
-    if not packaged.is_packaged(name):
-        return
+def _packaged_model(name: str, console: Console | None) -> None:
+    """Check that a model's package is installed, and convert it unless `console` is None."""
     try:
         layers, folder = packaged.layers_of(name), packaged.folder_of(name)
         if packaged.is_converted(name):
             return
         smollm2.weights()
-        if convert:
-            print(f"converting {name} to {folder}, once; this takes half a minute", flush=True)
+        if console is not None:
+            console.print(
+                f"converting {name} to {folder}, once; this takes half a minute", soft_wrap=True
+            )
             smollm2.ensure(folder, layers)
     except ModuleNotFoundError as error:
-        raise ConfigError(f"{error}; in a checkout, `make smollm` does it") from None
+        raise ConfigError(f"{error}; in a checkout, `make smollm` installs it") from None
     except (FileExistsError, ValueError) as error:
         raise ConfigError(str(error)) from None
 
 
 def _problems(config: ExperimentConfig) -> None:
-    """Ask the task for every problem that the run will: it says what is missing or broken."""
-    parts = [part for choice in config.defenses for part in choice.resolve()]
-    floors = [choice.training.floor for choice in config.defenses]
-    trained = any(part.stage == "weights" and not part.is_identity for part in parts)
-    held_out = [floor.problems for floor in floors if floor and trained]
-    exams = max(config.teacher_problems, config.exam_problems if config.students else 0)
-    checked = [CHECKED_PROMPTS, *held_out] if trained else []
-    lessons = [LESSON_PROBLEMS for choice in config.defenses if choice.lesson is not None]
-    informed, begun = (config.probe.information, config.probe.begun) if config.probe else (0, 0)
-    wanted = {
-        "train": max([config.most_traces, *(_own_problems(config, c) for c in config.defenses)]),
-        "test": 0,
-        "validation": max([*checked, *lessons, informed]),
-    }
-    wanted[config.exam_split] = max(wanted[config.exam_split], exams, begun)
+    """Ask the task for every problem that the run will ask for, and for usable ground truth."""
+    needed = {"train": 0, "test": 0, "validation": 0}
+    for problems in problem_ranges(config):
+        needed[problems.split] = max(needed[problems.split], problems.end)
     try:
         task = build_task(config.task)
-        for split, count in wanted.items():
+        for split, count in needed.items():
             if count:
                 task.problems(split, count)
     except (FileNotFoundError, ValueError) as error:
         raise ConfigError(f"task: {error}") from None
-    _begun(config, task, [floor for floor in floors if floor and trained])
-
-
-def _begun(config: ExperimentConfig, task: Task, floors: list[UtilityFloor]) -> None:
-    """Answers can be begun only where the ground truth is right."""
-    asked = [("floor.begun", "validation", floor.problems) for floor in floors if floor.begun]
-    if config.probe is not None and config.probe.begun:
-        asked.append(("probe.begun", config.exam_split, config.probe.begun))
-    for setting, split, count in asked:
-        texts = ground_truth(task, task.problems(split, count))
+    for setting, problems in begun_ranges(config):
+        texts = ground_truth(task, task.problems(problems.split, problems.count))
         if not any(text.correct for text in texts):
             raise ConfigError(
-                f"{setting}: none of the ground truth of {count} {split} problems is right, so "
-                "there is nothing to begin with; take more problems, or do without it"
+                f"{setting}: none of the ground truth of {problems.count} {problems.split} "
+                "problems is right, so there is nothing to begin with; take more problems, or do "
+                "without it"
             )
 
 
-def _own_problems(config: ExperimentConfig, choice: DefenseChoice) -> int:
-    """Training problems up to the last one that this defense asks for."""
-    if not any(part.stage == "weights" and not part.is_identity for part in choice.resolve()):
-        return 0
-    training = choice.training
-    most = max(
-        config.head_traces or config.traces,
-        (training.refresh_traces or 0) if training.refreshes else 0,
-        training.truth,
-    )
-    lesson = config.most_traces + choice.lesson.traces if choice.lesson else 0
-    return max(most + (config.most_traces if training.apart else 0), lesson)
-
-
 def _defenses(config: ExperimentConfig) -> None:
-    """Settings of defenses that only the models can refuse: ranks, layers, vocabularies."""
-    cases = [(c, p) for c in config.defenses for p in c.resolve() if p.stage == "weights"]
-    hidden = AutoConfig.from_pretrained(models.resolve(config.teacher)).get_text_config()
+    """Check settings of defenses against the models: ranks, layers, vocabularies."""
+    trained = [(choice, part) for choice in config.defenses for part in choice.acting("weights")]
+    if not trained:
+        return
+    try:
+        check_foldable(_skeleton(config.teacher))
+    except ValueError as error:
+        raise ConfigError(f"teacher: {error}") from None
+    for choice, defense in trained:
+        try:
+            _defense(config, choice, defense)
+        except ValueError as error:
+            raise ConfigError(f"defense {defense.config.name}: {error}") from None
+
+
+def _defense(config: ExperimentConfig, choice: DefenseChoice, defense: Defense) -> None:
+    shape = AutoConfig.from_pretrained(models.resolve(config.teacher)).get_text_config()
+    defense.check(shape.hidden_size)
+    if defense.needs_truth and head_truth(config, choice) is None:
+        raise ValueError(
+            "it looks at ground-truth texts, but training.truth is 0; say how many, or set "
+            "utility_on and cosine_on to own"
+        )
+    if defense.layer is None:
+        return
     teacher = models.load_tokenizer(config.teacher)
-    cases = [(choice, part) for choice, part in cases if not part.is_identity]
-    if cases:
-        try:
-            check_foldable(_skeleton(config.teacher))
-        except ValueError as error:
-            raise ConfigError(f"teacher: {error}") from None
-    for choice, part in cases:
-        try:
-            part.check(hidden.hidden_size)
-            if part.needs_truth and not choice.training.truth:
-                raise ValueError(
-                    "it looks at ground-truth texts, but training.truth is 0; say how many, or "
-                    "set utility_on and cosine_on to own"
-                )
-            for name in config.proxies if part.layer is not None else ():
-                assert part.layer is not None
-                check_vocabulary(models.load_tokenizer(name), teacher, name)
-                first_block(_skeleton(name), part.layer)
-        except ValueError as error:
-            raise ConfigError(f"defense {part.config.name}: {error}") from None
+    for name in config.proxies:
+        check_vocabulary(models.load_tokenizer(name), teacher, name)
+        first_block(_skeleton(name), defense.layer)
 
 
 def _skeleton(name: str) -> PreTrainedModel:
@@ -173,48 +151,47 @@ def _skeleton(name: str) -> PreTrainedModel:
 
 
 def _views(config: ExperimentConfig) -> None:
+    """Check what attacks see of a distribution against the teacher's vocabulary."""
     tokens = token_rows(models.load_tokenizer(config.teacher))
-    lessons = [choice.lesson.attacks for choice in config.defenses if choice.lesson is not None]
-    for item in (config.attack, *config.attacks, *(item for items in lessons for item in items)):
-        top_k = (item.get("view") or {}).get("top_k")
-        if top_k is not None and top_k > tokens:
+    for attack in all_attacks(config):
+        top_k = (attack.get("view") or {}).get("top_k")
+        if top_k is None:
+            continue
+        if top_k > tokens:
             raise ConfigError(
-                f"attack {item['name']}: view.top_k {top_k} is larger than the teacher's "
+                f"attack {attack['name']}: view.top_k {top_k} is larger than the teacher's "
                 f"vocabulary of {tokens} tokens; lower it, or leave it out to see them all"
             )
-        if top_k is not None and item.get("pairs"):
+        if attack.get("pairs"):
             raise ConfigError(
-                f"attack {item['name']}: an inversion needs full logits; leave out view.top_k or "
+                f"attack {attack['name']}: an inversion needs full logits; leave out view.top_k or "
                 "pairs"
             )
 
 
 def _disk(cache: Path) -> None:
-    place = cache
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
+    folder = cache
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
     if free < LEAST_DISK:
         raise ConfigError(
-            f"{place} has {free >> 20} MB free and a run needs at least {LEAST_DISK >> 20} MB; "
+            f"{folder} has {free >> 20} MB free and a run needs at least {LEAST_DISK >> 20} MB; "
             "free some, or set `cache` and `runs` to another disk"
         )
 
 
 def _context(name: str, max_length: int) -> None:
-    holds = models.context_length(name)
-    if max_length > holds:
+    context = models.context_length(name)
+    if max_length > context:
         raise ConfigError(
-            f"max_length {max_length} is longer than the context of {name}, {holds} tokens; "
+            f"max_length {max_length} is longer than the context of {name}, {context} tokens; "
             "lower max_length"
         )
 
 
 def _proxies(config: ExperimentConfig) -> None:
-    """Compare vocabularies where the tokenizers are on this machine: nothing is downloaded."""
-    names = (config.teacher, *config.proxies)
-    if not all(Path(models.resolve(name)).is_dir() for name in names):
-        return
+    """Check that every proxy shares enough of the teacher's vocabulary."""
     teacher = models.load_tokenizer(config.teacher)
     for name in config.proxies:
         try:

@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,70 +16,27 @@ from azeotrope.report.page import write_report
 from azeotrope.report.paired import PAIRED, PairedTest
 from azeotrope.report.rows import ResultRow, results_document
 from azeotrope.traces import Trace, read_traces
+from experiment.cells import Cell
 from experiment.plots import plots_of
-from experiment.settings import DefenseChoice, ExperimentConfig, StudentConfig
-from experiment.stages import Stage
-from experiment.steps import describe
+from experiment.settings import DefenseChoice, ExperimentConfig
+from experiment.stages import Stage, describe
+from experiment.teachers import TeacherResult
 
 EXAMPLES = 12
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One student to train: the traces, the attack with its variant and clean-ups, and the seed."""
-
-    student: StudentConfig
-    defense: str
-    strength: float
-    attack: str
-    variant: str
-    cleanup: str
-    traces: int
-    seed: int
-
-
-@dataclass(frozen=True)
-class Taught:
-    """What a defense produced: the traces that an attacker observes and the teacher's own exams."""
-
-    choice: DefenseChoice | None
-    traces: Stage
-    greedy: Stage
-    sampled: Stage
-    heads: tuple[Stage, ...] = ()
-
-    @property
-    def label(self) -> str:
-        return self.choice.label if self.choice else "none"
-
-    @property
-    def checkpoint(self) -> str | None:
-        """The exported teacher; None if the weights are the undefended ones."""
-        return str(self.heads[-1].path / "teacher") if self.heads else None
-
-    @property
-    def strength(self) -> float:
-        """The strength in force: for a searched head the one that was accepted last."""
-        passes = [describe(stage, "head.json") for stage in self.heads]
-        if not passes:
-            return self.choice.strength if self.choice else 0.0
-        # A pass that ended with the undefended head discards the passes before it.
-        start = max((i for i, head in enumerate(passes) if head.get("undefended")), default=0)
-        return max(head["strength"] for head in passes[start:])
-
-
 def rows_of(
     config: ExperimentConfig,
-    clean: Taught,
+    clean: TeacherResult,
     base: dict[str, Stage],
-    taught: list[Taught],
+    teachers: list[TeacherResult],
     students: dict[Cell, Stage],
 ) -> list[ResultRow]:
     """The rows of all exams: of teachers, of base students, and of trained students."""
     task = read_traces(clean.greedy.path)[0].problem.split("/")[0]
     tokenizer = models.load_tokenizer(config.teacher)
     rows: list[ResultRow] = []
-    for teacher in (clean, *taught):
+    for teacher in (clean, *teachers):
         columns = {
             "role": "teacher",
             "model": "teacher",
@@ -96,7 +52,7 @@ def rows_of(
     for name, stage in base.items():
         columns = {"role": "student", "model": name, "task": task, "strength": 0.0}
         rows += _measured(score(read_traces(stage.path)), stage.seconds, columns)
-    choices = {(teacher.label, teacher.strength): teacher.choice for teacher in taught}
+    choices = {(teacher.label, teacher.strength): teacher.choice for teacher in teachers}
     for cell, stage in sorted(students.items(), key=lambda pair: str(pair[0])):
         columns = {
             "role": "student",
@@ -173,12 +129,12 @@ def write_results(
     config: ExperimentConfig,
     folder: Path,
     rows: list[ResultRow],
-    clean: Taught,
-    taught: list[Taught],
+    clean: TeacherResult,
+    teachers: list[TeacherResult],
     students: dict[Cell, Stage],
     notes: Sequence[str] = (),
 ) -> None:
-    heads = [(t.label, [describe(head, "head.json") for head in t.heads]) for t in taught]
+    heads = [(t.label, [describe(head, "head.json") for head in t.heads]) for t in teachers]
     about = {
         "name": config.name,
         "azeotrope": __version__,
@@ -190,22 +146,22 @@ def write_results(
             {"defense": label, "heads": [item["rounds"] for item in items]}
             for label, items in heads
         ],
-        PAIRED: [test.dump() for test in _paired_tests(config, clean, taught)],
+        PAIRED: [test.dump() for test in _paired_tests(config, clean, teachers)],
         "notes": [*(note for label, items in heads for note in _notes(label, items)), *notes],
     }
     write_json(folder / "results.json", results_document(about, rows))
-    write_json(folder / "curves.json", _curves(taught, students))
+    write_json(folder / "curves.json", _curves(teachers, students))
     write_json(folder / "plots.json", [plot.dump() for plot in plots_of(rows, heads)])
-    write_json(folder / "examples.json", _examples(clean, taught))
+    write_json(folder / "examples.json", _examples(clean, teachers))
     write_report(folder)
 
 
 def _paired_tests(
-    config: ExperimentConfig, clean: Taught, taught: list[Taught]
+    config: ExperimentConfig, clean: TeacherResult, teachers: list[TeacherResult]
 ) -> list[PairedTest]:
     """Every defended teacher against the clean one on the problems of the exams."""
     tests = []
-    for teacher in taught:
+    for teacher in teachers:
         exams = (
             ("greedy", clean.greedy, teacher.greedy),
             (config.sampling.label, clean.sampled, teacher.sampled),
@@ -245,9 +201,9 @@ def _notes(label: str, heads: list[dict[str, Any]]) -> list[str]:
     return notes
 
 
-def _curves(taught: list[Taught], students: dict[Cell, Stage]) -> list[dict[str, Any]]:
+def _curves(teachers: list[TeacherResult], students: dict[Cell, Stage]) -> list[dict[str, Any]]:
     curves: list[dict[str, Any]] = []
-    for item in taught:
+    for item in teachers:
         for number, head in enumerate(item.heads):
             log = describe(head, "head.json")["log"]
             label = f"{item.label} head, pass {number + 1}"
@@ -273,11 +229,11 @@ def _curve(label: str, kind: str, log: list[list[float]], seed: int) -> dict[str
     }
 
 
-def _examples(clean: Taught, taught: list[Taught]) -> list[dict[str, Any]]:
+def _examples(clean: TeacherResult, teachers: list[TeacherResult]) -> list[dict[str, Any]]:
     """The first sampled answers of the clean teacher beside those of each defended one."""
     examples: list[dict[str, Any]] = []
     clean_traces = read_traces(clean.sampled.path)[:EXAMPLES]
-    for teacher in taught:
+    for teacher in teachers:
         defended = {trace.id: trace.text for trace in read_traces(teacher.sampled.path)}
         examples += [
             {

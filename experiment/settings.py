@@ -1,4 +1,4 @@
-"""Typed settings that several workflows share, checked before anything expensive starts."""
+"""Settings of an experiment, which all workflows share."""
 
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -21,12 +21,11 @@ from azeotrope.tasks import PocketConfig, TaskConfig
 from azeotrope.tokens import Boundary
 
 CONFIGS = Path(__file__).parents[1] / "workflows" / "configs"
-LESSON_PROBLEMS = 50
-"""A taught proxy's exam is no result: it is asked a few problems that nobody else is."""
+"""The folder of the shipped configurations."""
 
 
 class StudentConfig(Config):
-    """A thief's starting model."""
+    """A model that the attacker trains."""
 
     name: str = Field(description="short name in result tables: small, large, other, ...")
     model: str
@@ -34,21 +33,22 @@ class StudentConfig(Config):
 
 
 class ProxyLesson(Config):
-    """What the proxies are taught before a defense looks at them.
+    """What proxies learn before a defense uses them.
 
-    A thief's student is soon not what it was: proxies that learned a little from the undefended
-    teacher, on the defender's own problems, show where students will be.
+    An attacker's student changes as it learns. Proxies that learned a little from the undefended
+    teacher, on problems of the defender, are closer to such a student than untrained ones.
     """
 
     attacks: tuple[dict[str, Any], ...] = Field(
-        min_length=1, description="one for each proxy, in turn; begun again when they run out"
+        min_length=1,
+        description="one per proxy, in turn; with fewer attacks than proxies they repeat",
     )
     traces: int = Field(default=250, ge=1, description="texts that they learn from")
 
     @field_validator("attacks")
     @classmethod
-    def _resolvable(cls, items: tuple[dict[str, Any], ...]) -> tuple[dict[str, Any], ...]:
-        return tuple(attacks.resolve(dict(item)).config.dump() for item in items)
+    def _resolvable(cls, specs: tuple[dict[str, Any], ...]) -> tuple[dict[str, Any], ...]:
+        return tuple(attacks.resolve(dict(spec)).config.dump() for spec in specs)
 
 
 class DefenseChoice(Config):
@@ -57,14 +57,16 @@ class DefenseChoice(Config):
     parts: tuple[dict[str, Any], ...] = Field(min_length=1)
     training: HeadTraining = Field(default_factory=HeadTraining)
     lesson: ProxyLesson | None = Field(
-        default=None, description="null takes the proxies as they come"
+        default=None, description="null uses the proxies without further training"
     )
     name: str | None = Field(
-        default=None, pattern=r"^\S+$", description="in result tables; null joins the parts' names"
+        default=None,
+        pattern=r"^\S+$",
+        description="name in result tables; null joins the parts' names",
     )
     control: bool = Field(
         default=False,
-        description="only to compare with: one budget, no clean-ups, no variants of attacks",
+        description="only for comparison: one budget, no clean-ups, no variants of attacks",
     )
 
     @field_validator("parts")
@@ -73,23 +75,34 @@ class DefenseChoice(Config):
         return tuple(defenses.resolve(dict(part)).config.dump() for part in parts)
 
     def resolve(self) -> list[defenses.Defense]:
+        """The defenses, in the order of the settings.
+
+        Raises:
+            ConfigError: if a defense does not exist any more.
+        """
         return [defenses.resolve(dict(part)) for part in self.parts]
+
+    def acting(self, stage: defenses.Stage) -> list[defenses.Defense]:
+        """The defenses of one stage, without those that change nothing."""
+        return [part for part in self.resolve() if part.stage == stage and not part.is_identity]
 
     @property
     def label(self) -> str:
+        """The name in result tables."""
         return self.name or "+".join(str(part["name"]) for part in self.parts)
 
     @property
     def changes_weights_alone(self) -> bool:
-        """Whether logits can be asked of an exported checkpoint, with nothing added to it."""
+        """Whether an exported checkpoint by itself computes the logits that clients see."""
         return all(part.stage == "weights" or part.is_identity for part in self.resolve())
 
     @property
     def strength(self) -> float:
+        """The strength of the first part."""
         return float(self.parts[0]["strength"])
 
 
-class Probe(Config):
+class ProbeConfig(Config):
     """Measurements of the teachers' logits that need no student."""
 
     information: int = Field(
@@ -98,14 +111,19 @@ class Probe(Config):
     begun: int = Field(
         default=0,
         ge=0,
-        description="texts of the ground truth of the problems of exams, of which the right ones "
-        "are begun for the teacher, to be finished by it; 0 skips",
+        description="exam problems whose right solutions are begun for the teacher, which then "
+        "finishes them; 0 skips",
     )
     subspace: tuple[str, ...] = Field(
         default=(),
-        description="models whose hidden size is recovered through top-k logprobs; `teacher` is "
-        "each defended teacher",
+        description="models whose hidden size is recovered through top-k logprobs; `teacher` means "
+        "the clean and each defended teacher",
     )
+
+    @property
+    def suspects(self) -> tuple[str, ...]:
+        """The models among `subspace` that are not the experiment's teacher."""
+        return tuple(name for name in self.subspace if name != "teacher")
 
     @field_validator("information")
     @classmethod
@@ -116,7 +134,7 @@ class Probe(Config):
 
 
 class ExperimentConfig(Config):
-    """A whole experiment: who is protected, how, and who steals."""
+    """A whole experiment: the protected teacher, its defenses, and the attacks on it."""
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", description="names the run folder")
     task: TaskConfig = Field(default_factory=PocketConfig)
@@ -125,19 +143,20 @@ class ExperimentConfig(Config):
     proxies: tuple[str, ...] = ("pocket/proxy-a", "pocket/proxy-b")
     students: tuple[StudentConfig, ...] = Field(
         default=(StudentConfig(name="small", model="pocket/small"),),
-        description="an empty list defends and measures the teacher, and robs nobody",
+        description="an empty list defends and measures the teacher without attacking it",
     )
     sampling: Sampling = Field(default_factory=Sampling, description="how traces are drawn")
     traces: int = Field(
-        default=1000, ge=1, description="traces the thief takes in the main comparison"
+        default=1000, ge=1, description="traces that the attacker takes in the main comparison"
     )
     head_traces: int | None = Field(
         default=None,
         ge=1,
-        description="traces a head is trained on; null takes as many as the thief",
+        description="traces that a head is trained on; null takes as many as the attacker",
     )
     budgets: tuple[int, ...] = Field(
-        default=(), description="other numbers of traces, for the curve"
+        default=(),
+        description="further numbers of traces that the attacker takes, for the budget curve",
     )
     max_length: int = Field(
         default=160, ge=8, description="tokens of prompt and completion together"
@@ -149,8 +168,8 @@ class ExperimentConfig(Config):
     attack: dict[str, Any] = Field(default_factory=lambda: {"name": "text_sft"})
     attacks: tuple[dict[str, Any], ...] = Field(
         default=(),
-        description="further attacks, each on the undefended teacher and on every defense of the "
-        "weights; `attack` with its clean-ups is on every defense",
+        description="further attacks, used on the undefended teacher and on every defense of the "
+        "weights; `attack` with its clean-ups is used on every defense",
     )
     cleanups: tuple[CleanupSpec, ...] = Field(
         default=("correct_only",),
@@ -159,32 +178,30 @@ class ExperimentConfig(Config):
     )
     exam_split: Literal["test", "validation"] = Field(
         default="test",
-        description="problems of all exams: choose settings on `validation`, and look at `test` "
-        "once, with the settings that were chosen",
+        description="split of the exam problems: choose settings on `validation`, then use `test` "
+        "once, with the chosen settings",
     )
-    probe: Probe | None = Field(
-        default=None, description="what else is measured of every teacher; null measures nothing"
+    probe: ProbeConfig | None = Field(
+        default=None, description="further measurements of every teacher; null makes none"
     )
     exam_problems: int = Field(
-        default=600, ge=1, description="test problems a student answers, greedily"
+        default=600, ge=1, description="exam problems per student, answered greedily"
     )
-    teacher_problems: int = Field(
-        default=1000, ge=1, description="test problems the teacher answers"
-    )
+    teacher_problems: int = Field(default=1000, ge=1, description="exam problems per teacher")
     shard: int = Field(
         default=SHARD,
         ge=1,
-        description="problems a worker answers side by side and saves at once; fewer need less "
+        description="problems that a worker answers in one batch and then saves; fewer need less "
         "memory and lose less when a worker dies",
     )
     seeds: tuple[int, ...] = Field(default=(0,), min_length=1)
     curve_seeds: tuple[int, ...] | None = Field(
-        default=None, description="seeds of the budget curve's other points; null takes all"
+        default=None, description="seeds of the budget curve's further points; null takes all seeds"
     )
     save_students: bool = True
     resources: Resources = Field(default_factory=Resources)
-    runs: str = Field(default="runs", description="folder for results")
-    cache: str = Field(default="runs/cache", description="folder for stages, shared between runs")
+    runs: str = Field(default="runs", description="folder of results")
+    cache: str = Field(default="runs/cache", description="folder of stages, shared between runs")
 
     @field_validator("attack")
     @classmethod
@@ -193,8 +210,8 @@ class ExperimentConfig(Config):
 
     @field_validator("attacks")
     @classmethod
-    def _known_attacks(cls, items: tuple[dict[str, Any], ...]) -> tuple[dict[str, Any], ...]:
-        return tuple(attacks.resolve(dict(item)).config.dump() for item in items)
+    def _known_attacks(cls, specs: tuple[dict[str, Any], ...]) -> tuple[dict[str, Any], ...]:
+        return tuple(attacks.resolve(dict(spec)).config.dump() for spec in specs)
 
     @field_validator("cleanups")
     @classmethod
@@ -202,22 +219,21 @@ class ExperimentConfig(Config):
         return tuple(cleanups.resolve(spec).spec for spec in specs)
 
     @model_validator(mode="after")
-    def _consistent(self) -> Self:
+    def _named_apart(self) -> Self:
+        """Rows of the result tables are told apart by names, so that no name may occur twice."""
         names = [student.name for student in self.students]
         if len(set(names)) != len(names):
             raise ValueError(f"two students have the same name: {', '.join(names)}")
-        every = [(item["name"], item["variant"]) for item in (self.attack, *self.attacks)]
-        repeated = [
-            f"{name} ({variant})" for name, variant in every if every.count((name, variant)) > 1
-        ]
-        if repeated:
+        attack_names = [(spec["name"], spec["variant"]) for spec in (self.attack, *self.attacks)]
+        for name, variant in attack_names:
+            if attack_names.count((name, variant)) > 1:
+                raise ValueError(
+                    f"two attacks are called {name} ({variant}); give each a `variant` of its own"
+                )
+        cleanup_labels = self.cleanup_labels
+        if len(set(cleanup_labels)) != len(cleanup_labels):
             raise ValueError(
-                f"two attacks are called {repeated[0]}; give each a `variant` of its own"
-            )
-        cleaned = self.cleanup_labels
-        if len(set(cleaned)) != len(cleaned):
-            raise ValueError(
-                f"two clean-ups have the same name: {', '.join(cleaned)}; give one a `label`"
+                f"two clean-ups have the same name: {', '.join(cleanup_labels)}; give one a `label`"
             )
         labels = [defenses.strength_label(c.label, c.strength) for c in self.defenses]
         if len(set(labels)) != len(labels):
@@ -225,6 +241,10 @@ class ExperimentConfig(Config):
                 f"two defenses have the same name and strength: {', '.join(labels)}; "
                 "give one a `name`"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
         needs = any(d.needs_proxies for choice in self.defenses for d in choice.resolve())
         if needs and not self.proxies:
             raise ValueError("a defense in this list needs at least one proxy; `proxies` is empty")
@@ -237,19 +257,20 @@ class ExperimentConfig(Config):
 
     @property
     def greedy(self) -> Sampling:
+        """The sampling of traces at temperature 0."""
         return self.sampling.model_copy(update={"temperature": 0.0})
 
     @property
     def models(self) -> tuple[str, ...]:
-        """The name of every model in it, each once."""
+        """Every model that the experiment loads, each once."""
         names = (self.teacher, *self.proxies, *(student.model for student in self.students))
         return tuple(dict.fromkeys(names))
 
     def attack_called(self, name: str, variant: str) -> dict[str, Any]:
-        """The settings of one of the attacks; clean-ups are no variants of the main one."""
-        for item in self.attacks:
-            if (item["name"], item["variant"]) == (name, variant):
-                return item
+        """The settings of one of the further attacks; any other name means the main attack."""
+        for spec in self.attacks:
+            if (spec["name"], spec["variant"]) == (name, variant):
+                return spec
         return self.attack
 
     @property
@@ -258,33 +279,35 @@ class ExperimentConfig(Config):
         return tuple(cleanups.resolve(spec).label for spec in self.cleanups)
 
     def cleanup_called(self, label: str) -> CleanupSpec:
-        """The settings of one of the clean-ups; a label that none has is its own name."""
+        """The settings of the clean-up with this label; a name of no label stands for itself."""
         return dict(zip(self.cleanup_labels, self.cleanups, strict=True)).get(label, label)
 
     @property
     def most_traces(self) -> int:
+        """The largest number of traces that the attacker takes."""
         return max((self.traces, *self.budgets))
 
 
-Workflow = Literal["pipeline"]
-
-
 def find(name: str) -> Path:
-    """A configuration file by path, or by the name of one that is shipped.
+    """The configuration file at a path, or the shipped one of a name.
 
     Raises:
-        ConfigError: if there is neither.
+        ConfigError: if no configuration of this name is shipped.
     """
     path = Path(name)
     if path.suffix in {".yaml", ".yml"}:
         return path
     shipped = CONFIGS / f"{name}.yaml"
     if not shipped.is_file():
-        known = ", ".join(sorted(item.stem for item in CONFIGS.glob("*.yaml")))
-        raise ConfigError(f"no configuration {name!r}; give a YAML file or one of: {known}")
+        names = ", ".join(sorted(path.stem for path in CONFIGS.glob("*.yaml")))
+        raise ConfigError(f"no configuration {name!r}; give a YAML file or one of: {names}")
     return shipped
 
 
 def load(name: str, overrides: list[str]) -> ExperimentConfig:
-    """Read an experiment's configuration; every defense and attack in it exists afterwards."""
+    """Read an experiment's configuration, and check that its defenses and attacks exist.
+
+    Raises:
+        ConfigError: if the file or an override does not fit.
+    """
     return load_config(ExperimentConfig, find(name), overrides)

@@ -1,4 +1,4 @@
-"""The console script `azeotrope`: one command a workflow; heavy imports happen inside them."""
+"""The program `azeotrope`: one command per workflow. Commands import heavy modules late."""
 
 import sys
 from pathlib import Path
@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from azeotrope import __version__
 from workflows.keys import RedisUrl, StorePath, store_location
 from workflows.keys import app as keys
 
@@ -16,13 +17,35 @@ app = typer.Typer(
     help="Make a language model's outputs useful to read and poor to distil, and prove it.",
 )
 app.add_typer(keys, name="keys")
-ConfigName = Annotated[str, typer.Argument(help="a shipped configuration or a YAML file")]
-Overrides = Annotated[list[str] | None, typer.Argument(help="key.sub=value ...")]
+ConfigName = Annotated[
+    str, typer.Argument(help="name of a shipped configuration, or path of a YAML file")
+]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="changes to the configuration: key.sub=value ...")
+]
+
+
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """Options of the program itself."""
 
 
 @app.command()
 def pipeline(config: ConfigName, overrides: Overrides = None) -> None:
-    """Defend a teacher, rob it, and report what the defense was worth."""
+    """Defend a teacher, attack it, and report what the defense was worth."""
     from workflows.pipeline import main as run
 
     run(config, overrides or [])
@@ -30,7 +53,7 @@ def pipeline(config: ConfigName, overrides: Overrides = None) -> None:
 
 @app.command()
 def validate(config: ConfigName, overrides: Overrides = None) -> None:
-    """Check a configuration, without a network, and say what a run would do."""
+    """Check a configuration without a network, and list what a run would do."""
     from workflows.validate import main as run
 
     run(config, overrides or [])
@@ -46,7 +69,7 @@ def defend(config: ConfigName, overrides: Overrides = None) -> None:
 
 @app.command()
 def generate(config: ConfigName, overrides: Overrides = None) -> None:
-    """Let a teacher write traces to Parquet."""
+    """Let a teacher write traces to Parquet files."""
     from workflows.generate import main as run
 
     run(config, overrides or [])
@@ -55,10 +78,10 @@ def generate(config: ConfigName, overrides: Overrides = None) -> None:
 @app.command()
 def attack(
     config: ConfigName,
-    traces: Annotated[str, typer.Argument(help="a folder of trace files")],
+    traces: Annotated[str, typer.Argument(help="folder of trace files")],
     overrides: Overrides = None,
 ) -> None:
-    """Train students on traces that you have, and examine them."""
+    """Train students on existing traces, and examine them."""
     from workflows.attack import main as run
 
     run(config, traces, overrides or [])
@@ -68,12 +91,16 @@ def attack(
 def ablate(
     config: ConfigName,
     setting: Annotated[
-        str, typer.Argument(help="strength, rank, layer, kd_weight, temperature (tau), or a path")
+        str,
+        typer.Argument(
+            help="strength, rank, layer, kd_weight, temperature (or tau), or a path within the "
+            "first defense"
+        ),
     ],
-    values: Annotated[str, typer.Argument(help="two or more, with commas between them")],
+    values: Annotated[str, typer.Argument(help="two or more values, separated by commas")],
     overrides: Overrides = None,
 ) -> None:
-    """Vary one setting, and draw what it does to the teacher and to its thieves."""
+    """Vary one setting, and plot its effect on the teacher and on its students."""
     from workflows.ablate import main as run
 
     run(config, setting, values, overrides or [])
@@ -82,7 +109,7 @@ def ablate(
 @app.command()
 def evaluate(
     config: ConfigName,
-    model: Annotated[str, typer.Argument(help="pocket/NAME, a checkpoint folder or a hub name")],
+    model: Annotated[str, typer.Argument(help="pocket/NAME, a checkpoint's folder or a hub name")],
     overrides: Overrides = None,
 ) -> None:
     """Examine any checkpoint on the test problems."""
@@ -93,11 +120,13 @@ def evaluate(
 
 @app.command()
 def usage(
-    key: Annotated[str | None, typer.Option(metavar="ID", help="of one key alone")] = None,
+    key: Annotated[
+        str | None, typer.Option(metavar="ID", help="show only the key with this id")
+    ] = None,
     store: StorePath = None,
     redis: RedisUrl = None,
 ) -> None:
-    """Show what each API key used, day by day."""
+    """Show the usage of each API key per day."""
     from workflows.usage import main as run
 
     run(key, store_location(store, redis))
@@ -105,15 +134,17 @@ def usage(
 
 @app.command()
 def serve(
-    source: Annotated[str, typer.Argument(help="a run, a checkpoint's folder, or pocket/NAME")],
+    source: Annotated[
+        str, typer.Argument(help="folder of a run or of a checkpoint, or pocket/NAME")
+    ],
     overrides: Overrides = None,
-    policy: Annotated[str | None, typer.Option(help="a YAML file of tiers and limits")] = None,
+    policy: Annotated[str | None, typer.Option(help="YAML file of tiers and limits")] = None,
     write: Annotated[
         str | None, typer.Option(help="write a file for `serve deploy` instead of serving")
     ] = None,
     redis: RedisUrl = None,
 ) -> None:
-    """Serve a defended teacher behind the gateway, until it is interrupted."""
+    """Serve a defended teacher behind the gateway until interrupted."""
     from workflows.serve import main as run
 
     run(source, overrides or [], policy, write, redis)
@@ -121,15 +152,19 @@ def serve(
 
 @app.command()
 def audit(
-    url: Annotated[str, typer.Argument(help="the URL of an OpenAI-compatible endpoint, with /v1")],
+    url: Annotated[str, typer.Argument(help="address of an OpenAI-compatible endpoint, with /v1")],
     key: Annotated[
-        str, typer.Option(help="an API key; better in AZEOTROPE_KEY", envvar="AZEOTROPE_KEY")
+        str,
+        typer.Option(
+            help="API key; the environment variable hides it from other users of the machine",
+            envvar="AZEOTROPE_KEY",
+        ),
     ] = "",
     model: Annotated[
-        str | None, typer.Option(help="default: the first that the endpoint lists")
+        str | None, typer.Option(help="name of the model (default: the endpoint's first)")
     ] = None,
 ) -> None:
-    """Send every known leaking request to an endpoint and report what leaks."""
+    """Probe an endpoint for everything that is known to leak, and report what leaked."""
     from workflows.audit import main as run
 
     raise typer.Exit(run(url, key, model))
@@ -139,11 +174,13 @@ def audit(
 @app.command("trace", hidden=True)
 def attribute(
     file: Annotated[
-        Path, typer.Argument(help="lines of text, or JSON lines (.jsonl) with a field `text`")
+        Path, typer.Argument(help="texts, one per line, or JSON lines (.jsonl) with a field `text`")
     ],
-    source: Annotated[str, typer.Argument(help="what was served: a run or a checkpoint's folder")],
+    source: Annotated[
+        str, typer.Argument(help="what was served: folder of a run or of a checkpoint")
+    ],
     defense: Annotated[
-        str | None, typer.Option(help="which point, where a run has several")
+        str | None, typer.Option(help="name of the defense, if the run has several")
     ] = None,
     tokenizer: Annotated[
         str | None, typer.Option(help="checkpoint or folder (default: the source's)")
@@ -152,15 +189,16 @@ def attribute(
         float | None, typer.Option(help="share of green tokens (default: the source's)")
     ] = None,
     context: Annotated[
-        int | None, typer.Option(help="tokens that decide a list (default: the source's)")
+        int | None,
+        typer.Option(help="previous tokens that choose the green list (default: the source's)"),
     ] = None,
     alarm_rate: Annotated[
-        float, typer.Option(help="probability that unmarked text is attributed to any key")
+        float, typer.Option(help="rate at which text of other origin may be attributed to a key")
     ] = 1e-4,
     store: StorePath = None,
     redis: RedisUrl = None,
 ) -> None:
-    """Identify the API key whose watermark texts carry, by looking for every key's mark."""
+    """Find the API key whose watermark is in given texts."""
     from workflows.attribute import main as run
 
     run(
@@ -177,7 +215,7 @@ def attribute(
 
 @app.command()
 def doctor() -> None:
-    """Say what is wrong with this machine, and how to mend it."""
+    """Check this machine, and say how to fix what is wrong."""
     from workflows.doctor import main as run
 
     raise typer.Exit(run())
@@ -196,8 +234,9 @@ def main() -> None:
 
 
 def _is_expected(error: Exception) -> bool:
-    """Errors whose message is written for the user; anything else is a bug and shows its trace."""
+    """Whether the message is written for the user; any other error is a bug and shows its trace."""
     from azeotrope.config import ConfigError
 
+    # Compared by name, because importing these classes loads Ray.
     names = {"RayStartError", "TrainingError", "WorkerError", "ExportError"}
     return isinstance(error, ConfigError | OSError) or type(error).__name__ in names

@@ -1,4 +1,4 @@
-"""Let the teacher of an experiment, or any checkpoint, write traces to Parquet.
+"""Let an experiment's teacher, or any checkpoint, write traces to Parquet files.
 
 azeotrope generate pocket_demo
 azeotrope generate pocket_demo teacher=path/to/checkpoint traces=5000
@@ -10,18 +10,26 @@ from rich.console import Console
 
 from actors import session
 from experiment.display import Display
+from experiment.plan import ProblemRange, TraceRequest
 from experiment.preflight import preflight
 from experiment.settings import ExperimentConfig, load
-from experiment.steps import Request, Steps
+from experiment.steps import Steps
 
 
 def run(config: ExperimentConfig, console: Console) -> Path:
-    """Make `config.traces` traces of the train split; returns the folder of Parquet files."""
-    # Only the teacher is needed, so nothing is asked of the rest.
-    preflight(config.model_copy(update={"proxies": (), "students": (), "defenses": ()}))
+    """Make `config.traces` traces of the train split; returns the folder of Parquet files.
+
+    Raises:
+        ConfigError: if the run would fail later.
+        WorkerError: if a worker met bad data or a full disk.
+    """
+    # Only the teacher is used, so that the other models are not checked.
+    preflight(config.model_copy(update={"proxies": (), "students": (), "defenses": ()}), console)
+    problems = ProblemRange("train", config.traces)
     with Display(console) as display:
-        request = Request(config.teacher, "teacher", "train", config.traces, config.sampling)
-        return Steps(config, display).traces([request])[0].path
+        request = TraceRequest(config.teacher, "teacher", problems, config.sampling)
+        [stage] = Steps.of(config, display).traces.generate([request])
+    return stage.path
 
 
 def main(name: str, overrides: list[str]) -> None:

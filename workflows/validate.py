@@ -4,19 +4,20 @@ azeotrope validate qwen_gpu
 azeotrope validate my_model.yaml traces=5000
 """
 
-from rich.console import Console
 from rich.table import Table
 
 from azeotrope import packaged
-from experiment.preflight import is_here, preflight
-from experiment.settings import ExperimentConfig, load
-from workflows.pipeline import cells_of
+from experiment.cells import cells_of
+from experiment.plan import attacked_problems, head_passes, student_exam, teacher_exam
+from experiment.preflight import is_local_model, preflight
+from experiment.settings import DefenseChoice, ExperimentConfig, load
+from experiment.terminal import wide_console
 
 _HUB = "hub: downloaded when the run starts, unless the hub's cache has it"
 
 
 def run(config: ExperimentConfig) -> Table:
-    """Check all that can be checked here, and describe the run.
+    """Check everything that can be checked on this machine, and describe the run.
 
     Raises:
         ConfigError: if the run would fail.
@@ -26,7 +27,7 @@ def run(config: ExperimentConfig) -> Table:
     roles = [("teacher", config.teacher), *(("proxy", name) for name in config.proxies)]
     roles += [(f"student {student.name}", student.model) for student in config.students]
     for role, name in roles:
-        table.add_row(role, name, _place_of_model(name))
+        table.add_row(role, name, _location(name))
     table.add_row("task", config.task.name, "here" if config.task.is_local else _HUB)
     for stage, content in stages(config):
         table.add_row(stage, content, "")
@@ -35,26 +36,37 @@ def run(config: ExperimentConfig) -> Table:
 
 def stages(config: ExperimentConfig) -> list[tuple[str, str]]:
     """Every kind of stage and what it makes, in the order of a run."""
-    exams = 2 * config.teacher_problems
-    found = [("traces", f"{config.most_traces} of the teacher, and {exams} exam answers")]
+    traces, exams = attacked_problems(config).count, 2 * teacher_exam(config).count
+    lines = [("traces", f"{traces} of the teacher, and {exams} exam answers")]
     for choice in config.defenses:
-        for part in (item for item in choice.resolve() if not item.is_identity):
-            does = {
-                "weights": f"train a head, {choice.training.refreshes + 1} time(s), and export it",
-                "decoding": "adjust every token that is drawn",
-                "text": "rewrite finished traces",
-            }[part.stage]
-            found.append((f"defense {choice.label}", f"{part.config.name}: {does}"))
-    taught = cells_of(config)
-    untaught = len(config.students)
-    if not untaught:
-        return [*found, ("students", "none: the teacher is defended and examined, nobody robs it")]
-    found.append(("students", f"{len(taught)} to train; {untaught} untaught to compare with"))
-    return [*found, ("exams", f"{config.exam_problems} problems for each student")]
+        lines += [(f"defense {choice.label}", does) for does in _actions(config, choice)]
+    if not config.students:
+        return [
+            *lines,
+            ("students", "none: the teacher is defended and examined, and not attacked"),
+        ]
+    trained, untrained = len(cells_of(config)), len(config.students)
+    return [
+        *lines,
+        ("students", f"{trained} to train; {untrained} untrained to compare with"),
+        ("exams", f"{student_exam(config).count} problems per student"),
+    ]
 
 
-def _place_of_model(name: str) -> str:
-    if is_here(name):
+def _actions(config: ExperimentConfig, choice: DefenseChoice) -> list[str]:
+    """What each defense of a composition does, in the order of the settings."""
+    passes = len(head_passes(config, choice))
+    actions = {
+        "weights": f"train a head, {passes} time(s), and export it",
+        "decoding": "adjust every token that is drawn",
+        "text": "rewrite finished traces",
+    }
+    acting = (part for part in choice.resolve() if not part.is_identity)
+    return [f"{part.config.name}: {actions[part.stage]}" for part in acting]
+
+
+def _location(name: str) -> str:
+    if is_local_model(name):
         return "here"
     if packaged.is_packaged(name):
         return f"to be converted to {packaged.folder_of(name)}"
@@ -63,6 +75,4 @@ def _place_of_model(name: str) -> str:
 
 def main(name: str, overrides: list[str]) -> None:
     """What `azeotrope validate` runs."""
-    console = Console()
-    width = None if console.is_terminal else 150
-    Console(width=width).print(run(load(name, overrides)))
+    wide_console().print(run(load(name, overrides)))

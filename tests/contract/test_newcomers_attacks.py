@@ -21,7 +21,7 @@ from azeotrope.generation import Sampling
 from azeotrope.tokens import Boundary
 from azeotrope.traces import ground_truth, write_traces
 from experiment import settings
-from workflows.pipeline import cells_of
+from experiment.cells import cells_of
 
 TEXTS = 6
 TASK = tasks.PocketConfig(slip=0)

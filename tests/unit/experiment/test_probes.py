@@ -20,43 +20,43 @@ from azeotrope.tokens import Boundary, encode
 from azeotrope.traces import ground_truth
 from experiment.display import Display
 from experiment.probes import probe
-from experiment.results import Taught
-from experiment.settings import DefenseChoice, ExperimentConfig, Probe
+from experiment.settings import DefenseChoice, ExperimentConfig, ProbeConfig
 from experiment.stages import Cache, Stage
 from experiment.steps import Steps
+from experiment.steps.features import FeatureSteps, FeatureTexts
+from experiment.teachers import TeacherResult
 
 TEXTS = 40
 
 
-class Here(Steps):
-    """Steps whose features are computed in this process; the actor is the one that Ray runs."""
+class LocalFeatures(FeatureSteps):
+    """Computes features in this process; the actor is the one that Ray runs."""
 
     computed = 0
 
-    def features(
+    def extract(
         self,
-        traces: Stage,
+        texts: FeatureTexts,
         teacher: str,
-        proxies: tuple[str, ...],
-        count: int,
+        proxies: tuple[str, ...] = (),
         *,
-        only_correct: bool,
         layer: str | None = None,
     ) -> Stage:
-        assert (proxies, only_correct, layer) == ((), False, None)
-        assert teacher == self.config.teacher, "the trunk is the undefended teacher's"
-        stage = self.cache.stage("features", traces=traces.key, teacher=teacher)
+        config, cache = self._context.config, self._context.cache
+        assert (proxies, texts.only_correct, layer) == ((), False, None)
+        assert teacher == config.teacher, "the trunk is the undefended teacher's"
+        stage = cache.stage("features", traces=texts.stage.key, teacher=teacher)
 
         def make(folder: Path) -> None:
-            Here.computed += 1
-            (file,) = traces.path.glob("*.parquet")
-            job = FeatureJob(traces=str(file), folder=str(folder), task=self.config.task)
+            LocalFeatures.computed += 1
+            (file,) = texts.stage.path.glob("*.parquet")
+            job = FeatureJob(traces=str(file), folder=str(folder), task=config.task)
             TeacherActor(teacher)({"job": [job.model_dump_json()]})  # type: ignore[dict-item]
 
-        return self.cache.build(stage, make)
+        return cache.build(stage, make)
 
 
-def victim(label: str, folder: Path, scale: float, *more: dict[str, object]) -> Taught:
+def defended(label: str, folder: Path, scale: float, *more: dict[str, object]) -> TeacherResult:
     """A teacher whose logits are the clean ones times a factor."""
     loaded = models.load("pocket/teacher", device="cpu")
     head = head_from(loaded)
@@ -67,19 +67,21 @@ def victim(label: str, folder: Path, scale: float, *more: dict[str, object]) -> 
     models.save(loaded, stage.path / "teacher")
     write_json(stage.path / "head.json", {"strength": 0.25})
     choice = DefenseChoice(name=label, parts=({"name": "cmi"}, *more))
-    return Taught(choice, stage, stage, stage, (stage,))
+    return TeacherResult(choice, stage, stage, stage, (stage,))
 
 
-def clean(folder: Path) -> Taught:
+def clean(folder: Path) -> TeacherResult:
     stage = Cache(folder).stage("traces")
-    return Taught(None, stage, stage, stage)
+    return TeacherResult(None, stage, stage, stage)
 
 
-def steps(
-    folder: Path, wanted: Probe | None, split: Literal["test", "validation"] = "test"
-) -> Here:
-    config = ExperimentConfig(name="probed", cache=str(folder), probe=wanted, exam_split=split)
-    return Here(config, Display())
+def steps_with(
+    folder: Path, settings: ProbeConfig | None, split: Literal["test", "validation"] = "test"
+) -> Steps:
+    config = ExperimentConfig(name="probed", cache=str(folder), probe=settings, exam_split=split)
+    steps = Steps.of(config, Display())
+    steps.features = LocalFeatures(steps.context)
+    return steps
 
 
 def estimated(scale: float) -> tuple[float, int]:
@@ -94,49 +96,49 @@ def estimated(scale: float) -> tuple[float, int]:
         for trace in ground_truth(task, task.problems("validation", TEXTS))
     ]  # fmt: skip
     items = compute(loaded.model, examples)
-    found = conditional_mutual_information(
+    estimate = conditional_mutual_information(
         torch.cat([item.hidden for item in items]),
         scale * models.head_of(loaded.model).weight.detach(),
         torch.cat([item.targets for item in items]),
         torch.cat([torch.full((len(i.targets),), n) for n, i in enumerate(items)]),
     )
-    return found.value, found.positions
+    return estimate.value, estimate.positions
 
 
 def test_information_is_estimated_for_every_head_on_texts_held_out(tmp_path: Path) -> None:
-    flat, half = victim("flat", tmp_path, 0.0), victim("half", tmp_path, 0.5)
-    made = steps(tmp_path, Probe(information=TEXTS))
-    found = probe(made.config, made, clean(tmp_path), [flat, half])
-    assert found.notes == []
-    assert [(row.defense, row.strength) for row in found.rows] == [
+    flat, half = defended("flat", tmp_path, 0.0), defended("half", tmp_path, 0.5)
+    steps = steps_with(tmp_path, ProbeConfig(information=TEXTS))
+    results = probe(steps, clean(tmp_path), [flat, half])
+    assert results.notes == []
+    assert [(row.defense, row.strength) for row in results.rows] == [
         ("none", 0.0),
         ("flat", 0.25),
         ("half", 0.25),
     ]
-    for row, scale in zip(found.rows, (1.0, 0.0, 0.5), strict=True):
+    for row, scale in zip(results.rows, (1.0, 0.0, 0.5), strict=True):
         value, positions = estimated(scale)
         assert row.value == pytest.approx(value, rel=1e-3, abs=1e-6)
         assert (row.role, row.model, row.metric) == ("teacher", "teacher", "information")
         assert (row.task, row.decoding, row.n) == ("pocket", "none", positions)
         assert row.ci95[0] <= row.value <= row.ci95[1]
     # Logits that are all alike say nothing of the text before.
-    values = {row.defense: row.value for row in found.rows}
+    values = {row.defense: row.value for row in results.rows}
     assert values["flat"] == pytest.approx(0.0, abs=1e-6)
     assert values["none"] > 0.05
     # The trunk was run once for all three heads, and nothing runs again.
-    assert Here.computed == 1
-    again = steps(tmp_path, Probe(information=TEXTS))
-    assert probe(again.config, again, clean(tmp_path), [flat, half]) == found
-    assert Here.computed == 1
+    assert LocalFeatures.computed == 1
+    again = steps_with(tmp_path, ProbeConfig(information=TEXTS))
+    assert probe(again, clean(tmp_path), [flat, half]) == results
+    assert LocalFeatures.computed == 1
 
 
 def test_the_hidden_size_is_found_where_the_api_is_open(tmp_path: Path) -> None:
-    defended = victim("cmi", tmp_path, 0.5)
-    made = steps(tmp_path, Probe(information=0, subspace=("pocket/small", "teacher")))
-    found = probe(made.config, made, clean(tmp_path), [defended])
+    teacher = defended("cmi", tmp_path, 0.5)
+    steps = steps_with(tmp_path, ProbeConfig(information=0, subspace=("pocket/small", "teacher")))
+    results = probe(steps, clean(tmp_path), [teacher])
     size = models.load("pocket/small", device="cpu").model.config.hidden_size
-    rows = {(row.model, row.defense, row.metric): row for row in found.rows}
-    assert len(rows) == len(found.rows) == 6
+    rows = {(row.model, row.defense, row.metric): row for row in results.rows}
+    assert len(rows) == len(results.rows) == 6
     opened, guarded = (f"hidden size recovered, {when} API" for when in ("open", "guarded"))
     assert rows[("pocket/small", "none", opened)].value == size
     assert rows[("pocket/small", "none", opened)].role == "suspect"
@@ -147,48 +149,48 @@ def test_the_hidden_size_is_found_where_the_api_is_open(tmp_path: Path) -> None:
         assert rows[("teacher", name, opened)].value == 128
         assert rows[("teacher", name, opened)].role == "teacher"
         assert rows[("teacher", name, guarded)].value == 0
-    assert all(row.n > 0 for row in found.rows)
-    assert [note.split(",")[0] for note in found.notes] == [
+    assert all(row.n > 0 for row in results.rows)
+    assert [note.split(",")[0] for note in results.notes] == [
         "Hidden size of pocket/small",
         "Hidden size of teacher",
         "Hidden size of teacher (cmi)",
     ]
-    assert f"logit bias: {size} after" in found.notes[0]
-    assert "logit bias: >= 128 after" in found.notes[1]
-    assert "Behind the gateway's rules: nothing (" in found.notes[0]
+    assert f"logit bias: {size} after" in results.notes[0]
+    assert "logit bias: >= 128 after" in results.notes[1]
+    assert "Behind the gateway's rules: nothing (" in results.notes[0]
     queries = json.loads(next(tmp_path.glob("probe-*/probe.json")).read_text())["open"]["queries"]
     assert queries > 1000
 
 
 def test_only_teachers_that_are_a_checkpoint_are_measured(tmp_path: Path) -> None:
-    rewritten = victim("both", tmp_path, 0.5, {"name": "answers_only"})
+    rewritten = defended("both", tmp_path, 0.5, {"name": "answers_only"})
     choice = DefenseChoice(parts=({"name": "answers_only"},))
     stage = Cache(tmp_path).stage("text")
-    text = Taught(choice, stage, stage, stage)
-    made = steps(tmp_path, Probe(information=0, subspace=("teacher",)))
-    found = probe(made.config, made, clean(tmp_path), [rewritten, text])
-    assert {row.defense for row in found.rows} == {"none"}
+    text = TeacherResult(choice, stage, stage, stage)
+    steps = steps_with(tmp_path, ProbeConfig(information=0, subspace=("teacher",)))
+    results = probe(steps, clean(tmp_path), [rewritten, text])
+    assert {row.defense for row in results.rows} == {"none"}
 
 
 @pytest.mark.parametrize("split", ["test", "validation"])
 def test_answers_that_others_began_are_finished_by_every_teacher(
     split: Literal["test", "validation"], tmp_path: Path
 ) -> None:
-    flat = victim("flat", tmp_path, 0.0)
-    made = steps(tmp_path, Probe(information=0, begun=TEXTS), split)
-    found = probe(made.config, made, clean(tmp_path), [flat])
+    flat = defended("flat", tmp_path, 0.0)
+    steps = steps_with(tmp_path, ProbeConfig(information=0, begun=TEXTS), split)
+    results = probe(steps, clean(tmp_path), [flat])
     task = tasks.build(tasks.PocketConfig())
     right = [t for t in ground_truth(task, task.problems(split, TEXTS)) if t.correct]
     assert 5 < len(right) < TEXTS, "slips are no fair beginning"
-    assert [(row.defense, row.n) for row in found.rows] == [
+    assert [(row.defense, row.n) for row in results.rows] == [
         ("none", len(right)),
         ("flat", len(right)),
     ]
-    assert {row.metric for row in found.rows} == {"accuracy where others began the answer"}
+    assert {row.metric for row in results.rows} == {"accuracy where others began the answer"}
     # The teacher goes on from a beginning as from its own; a head that says nothing does not.
-    assert found.rows[0].value >= 0.9
-    assert found.rows[1].value == 0
-    for row in found.rows:
+    assert results.rows[0].value >= 0.9
+    assert results.rows[1].value == 0
+    for row in results.rows:
         assert row.ci95[0] <= row.value <= row.ci95[1]
 
 
@@ -208,7 +210,7 @@ def test_of_a_text_that_nobody_began_the_model_writes_everything() -> None:
 
 
 def test_without_a_probe_nothing_is_measured(tmp_path: Path) -> None:
-    made = steps(tmp_path, None)
-    found = probe(made.config, made, clean(tmp_path), [])
-    assert (found.rows, found.notes) == ([], [])
+    steps = steps_with(tmp_path, None)
+    results = probe(steps, clean(tmp_path), [])
+    assert (results.rows, results.notes) == ([], [])
     assert list(tmp_path.iterdir()) == []

@@ -24,11 +24,13 @@ from azeotrope.report.rows import ResultRow, results_document
 from azeotrope.report.summary import plain_words
 from azeotrope.report.tables import result_table, teacher_table
 from azeotrope.tasks import Gsm8kConfig, JsonlConfig, PocketConfig, build
-from experiment import preflight, settings, steps
+from experiment import preflight, settings
+from experiment.cells import cells_of
 from experiment.display import Display
+from experiment.plan import ProblemRange, TraceRequest
 from experiment.results import _notes
+from experiment.steps import Steps
 from workflows import validate
-from workflows.pipeline import cells_of
 
 ROOT = Path(__file__).parents[3]
 VOCABULARY = 19
@@ -234,13 +236,15 @@ def test_problems_a_task_does_not_have_are_told_before_the_run(
 
 def test_the_size_of_a_shard_names_the_stages_of_what_is_generated() -> None:
     config = settings.load("pocket_demo", [])
-    request = steps.Request("pocket/teacher", "teacher", "train", 20, config.sampling)
+    problems = ProblemRange("train", 20)
+    request = TraceRequest("pocket/teacher", "teacher", problems, config.sampling)
     keys, counts = set(), []
     for shard in (4, 250):
-        built = steps.Steps(settings.load("pocket_demo", [f"shard={shard}"]), Display())
-        stage = built._trace_stage(request)
+        sharded = settings.load("pocket_demo", [f"shard={shard}"])
+        steps = Steps.of(sharded, Display()).traces
+        stage = steps.stage_of(request)
         keys.add(stage.key)
-        counts.append([job.count for job in built._jobs(request, stage)])
+        counts.append([job.count for job in steps.jobs(request, stage)])
     assert len(keys) == 2
     # However large shards may be, two workers get something to do.
     assert counts == [[4] * 5, [10, 10]]
@@ -257,7 +261,7 @@ def test_an_experiment_may_have_no_students() -> None:
     # Without students there are no exams, so their problems are not needed.
     many = settings.load("pocket_demo", ["students=[]", "exam_problems=1000000000"])
     preflight.preflight(many, convert=False)
-    assert ("students", "none: the teacher is defended and examined, nobody robs it") in (
+    assert ("students", "none: the teacher is defended and examined, and not attacked") in (
         validate.stages(config)
     )
 

@@ -18,11 +18,13 @@ from azeotrope.heads.search import HeadTraining
 from azeotrope.heads.surrogate import first_block
 from azeotrope.tokens import Boundary, encode
 from azeotrope.traces import ground_truth
-from experiment.results import Taught, _notes
+from experiment import defending
+from experiment.plan import ProblemRange, TraceRequest, lesson_problems
+from experiment.results import _notes
 from experiment.settings import DefenseChoice, ExperimentConfig, ProxyLesson
 from experiment.stages import Stage
-from experiment.steps import Request
-from workflows.pipeline import defend
+from experiment.steps.features import FeatureTexts
+from experiment.teachers import TeacherResult
 
 # What a pass requests
 
@@ -32,46 +34,47 @@ def stage(name: str) -> Stage:
 
 
 class Recorder:
-    """Takes the place of the cluster: notes every requested stage, and makes none."""
+    """Takes the place of all steps: notes every requested stage, and makes none."""
 
-    def __init__(self) -> None:
-        self.requests: list[Request] = []
+    def __init__(self, config: ExperimentConfig) -> None:
+        self.config = config
+        self.traces = self.features = self.heads = self
+        self.requests: list[TraceRequest] = []
         self.feature_stages: list[tuple[str, int, tuple[str, ...], bool, str | None]] = []
         self.trained: list[dict[str, Any]] = []
-        self.truths: list[tuple[int, int]] = []
+        self.truths: list[ProblemRange] = []
         self.rare: list[tuple[str, float]] = []
-        self.lessons: list[int] = []
+        self.lessons: list[ProblemRange] = []
 
-    def traces(self, requests: Sequence[Request]) -> list[Stage]:
+    def generate(self, requests: Sequence[TraceRequest]) -> list[Stage]:
         self.requests += requests
         return [stage(f"traces-{request.model}-{request.seed}") for request in requests]
 
-    def ground_truth(self, count: int, skip: int = 0) -> Stage:
-        self.truths.append((count, skip))
+    def ground_truth(self, problems: ProblemRange) -> Stage:
+        self.truths.append(problems)
         return stage("truth")
 
     def rarest(self, source: Stage, teacher: str, share: float) -> Stage:
         self.rare.append((source.name, share))
         return stage("rarest")
 
-    def taught_proxies(self, lesson: ProxyLesson, skip: int) -> tuple[str, ...]:
-        self.lessons.append(skip)
+    def taught_proxies(self, lesson: ProxyLesson) -> tuple[str, ...]:
+        self.lessons.append(lesson_problems(self.config, lesson))
         return ("taught",)
 
-    def features(
+    def extract(
         self,
-        traces: Stage,
+        texts: FeatureTexts,
         teacher: str,
-        proxies: tuple[str, ...],
-        count: int,
+        proxies: tuple[str, ...] = (),
         *,
-        only_correct: bool,
         layer: str | None = None,
     ) -> Stage:
-        self.feature_stages.append((traces.name, count, proxies, only_correct, layer))
-        return stage(f"features-{traces.name}")
+        name = texts.stage.name
+        self.feature_stages.append((name, texts.count, proxies, texts.only_correct, layer))
+        return stage(f"features-{name}")
 
-    def head(
+    def train(
         self,
         features: Sequence[Stage],
         teacher: str,
@@ -84,7 +87,7 @@ class Recorder:
         number = len(self.trained)
         self.trained.append(
             {
-                "features": [item.name for item in features],
+                "features": [stage.name for stage in features],
                 "teacher": teacher,
                 "proxies": proxies,
                 "defense": defense["name"],
@@ -95,7 +98,7 @@ class Recorder:
         return stage(f"head-{number}")
 
 
-CLEAN = Taught(None, stage("clean"), stage("greedy"), stage("sampled"))
+CLEAN = TeacherResult(None, stage("clean"), stage("greedy"), stage("sampled"))
 
 
 def passes(parts: list[dict[str, Any]], lesson: bool = False, **training: Any) -> Recorder:
@@ -107,9 +110,11 @@ def passes(parts: list[dict[str, Any]], lesson: bool = False, **training: Any) -
     config = ExperimentConfig(
         name="passes", defenses=(choice,), traces=100, head_traces=80, budgets=(200,)
     )
-    steps = Recorder()
-    taught = defend(config, steps, choice, CLEAN)  # type: ignore[arg-type]
-    assert [head.name for head in taught.heads] == [f"head-{i}" for i in range(len(steps.trained))]
+    steps = Recorder(config)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(defending, "taught_proxies", Recorder.taught_proxies)
+        teacher = defending.defend(steps, choice, CLEAN)  # type: ignore[arg-type]
+    assert [head.name for head in teacher.heads] == [f"head-{i}" for i in range(len(steps.trained))]
     return steps
 
 
@@ -152,7 +157,7 @@ def test_each_pass_trains_on_what_the_last_teacher_writes() -> None:
     assert teachers == [config.teacher, "/cache/head-0/teacher", "/cache/head-1/teacher"]
     # Clean traces, of which the rarest are taken, and the ground truth beside them.
     assert steps.rare == [("clean", 0.5)]
-    assert steps.truths == [(50, 0)]
+    assert steps.truths == [ProblemRange("train", 50)]
     own = ["rarest", "traces-/cache/head-0/teacher-1", "traces-/cache/head-1/teacher-2"]
     assert [item["features"] for item in steps.trained] == [
         [f"features-{name}", "features-truth"] for name in own
@@ -165,7 +170,9 @@ def test_each_pass_trains_on_what_the_last_teacher_writes() -> None:
         (own[2], 40, config.proxies, True, "last"),
     ]
     written = [request for request in steps.requests if request.seed]
-    assert [(r.model, r.count, r.sampling.temperature, r.skip) for r in written] == [
+    assert [
+        (r.model, r.problems.count, r.sampling.temperature, r.problems.skip) for r in written
+    ] == [
         ("/cache/head-0/teacher", 40, 0.3, 0),
         ("/cache/head-1/teacher", 40, 0.3, 0),
     ]
@@ -174,16 +181,23 @@ def test_each_pass_trains_on_what_the_last_teacher_writes() -> None:
 def test_apart_leaves_the_attackers_problems_alone() -> None:
     steps = passes([CMI], lesson=True, refreshes=1, truth=50, apart=True)
     # The largest of the attacker's budgets is 200 problems.
-    assert steps.truths == [(50, 200)]
-    assert steps.lessons == [200]
-    drawn = [r for r in steps.requests if r.split == "train" and r.model != "/cache/head-1/teacher"]
-    assert [(r.count, r.skip, r.seed) for r in drawn] == [(80, 200, 0), (80, 200, 1)]
+    assert steps.truths == [ProblemRange("train", 50, skip=200)]
+    assert [problems.skip for problems in steps.lessons] == [200]
+    drawn = [
+        request
+        for request in steps.requests
+        if request.problems.split == "train" and request.model != "/cache/head-1/teacher"
+    ]
+    assert [(r.problems.count, r.problems.skip, r.seed) for r in drawn] == [
+        (80, 200, 0),
+        (80, 200, 1),
+    ]
     assert all(item["proxies"] == ("taught",) for item in steps.trained)
     assert all(proxies == ("taught",) for _, _, proxies, _, _ in steps.feature_stages)
 
 
 def test_a_lesson_is_never_about_the_attackers_problems() -> None:
-    assert passes([CMI], lesson=True, truth=50).lessons == [200]
+    assert passes([CMI], lesson=True, truth=50).lessons == [ProblemRange("train", 30, skip=200)]
 
 
 def test_of_a_composition_the_second_defense_begins_where_the_first_ended() -> None:
@@ -351,6 +365,9 @@ def test_the_strength_in_force_is_that_of_the_head_that_was_exported_last(
         write_json(made.path / "head.json", {"strength": pass_strength, "undefended": undefended})
         stages.append(made)
     choice = DefenseChoice(parts=(CMI,))
-    assert Taught(choice, stage("t"), stage("g"), stage("s"), tuple(stages)).strength == strength
-    assert Taught(choice, stage("t"), stage("g"), stage("s")).strength == 0.1
+    assert (
+        TeacherResult(choice, stage("t"), stage("g"), stage("s"), tuple(stages)).strength
+        == strength
+    )
+    assert TeacherResult(choice, stage("t"), stage("g"), stage("s")).strength == 0.1
     assert CLEAN.strength == 0.0

@@ -11,10 +11,10 @@ from azeotrope.report.drawing import PlotLine, plot_figure
 from azeotrope.report.intervals import Accuracy, mean_accuracy
 from azeotrope.report.rows import ResultRow
 from experiment import settings
+from experiment.cells import cells_of
 from experiment.preflight import preflight
 from experiment.probes import BEGUN_METRIC
 from workflows.ablate import plot, vary
-from workflows.pipeline import cells_of
 
 
 def varied(

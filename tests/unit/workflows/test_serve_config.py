@@ -81,8 +81,8 @@ def test_loopback_has_more_than_one_name() -> None:
         (["demo=true"], "undefended=PATH"),
         (["undefended=pocket/tutor"], "undefended: no pocket model"),
         (["defense=doge"], "pocket/teacher is a checkpoint"),
-        (["decoding=[{name: watermark}]"], r"the key that everybody knows.*\(key=...\)"),
-        ([f"decoding=[{{name: watermark, key: {PUBLIC_KEY}}}]"], "everybody knows"),
+        (["decoding=[{name: watermark}]"], r"the public key of the documentation.*\(key=...\)"),
+        ([f"decoding=[{{name: watermark, key: {PUBLIC_KEY}}}]"], "public key of the documentation"),
     ],
 )
 def test_what_would_protect_nothing_is_not_built(overrides: list[str], said: str) -> None:
