@@ -53,7 +53,7 @@ class VllmEngine(Engine):
     the transformers engine: random numbers are drawn in another way. Greedy ones are, up to
     rounding where two tokens are equally likely.
 
-    Prompts of different watermark keys share no cache, so that nobody can time whether another
+    Prompts of different watermark keys share no cache, so that no client can time whether another
     customer's prompt began like his own; a request without a key shares with none.
     """
 
@@ -105,7 +105,7 @@ class VllmEngine(Engine):
         return self._engine is not None and not self._engine.errored
 
     def close(self) -> None:
-        """End vLLM's process; whoever still waits gets an `EngineError`."""
+        """End vLLM's process; requests that still wait get an `EngineError`."""
         if self._engine is not None:
             self._engine.shutdown()
             self._engine = None
@@ -191,14 +191,14 @@ class VllmEngine(Engine):
 def _token(token: int, numbers: dict[int, Any] | None, most: int | None) -> Token:
     if numbers is None:
         return Token(token)
-    found = {other: float(number.logprob) for other, number in numbers.items()}
-    if any(math.isnan(value) for value in found.values()):
+    logprobs = {id: float(number.logprob) for id, number in numbers.items()}
+    if any(math.isnan(value) for value in logprobs.values()):
         raise EngineError(
             "a token has no distribution: its logits hold NaN; look at the model and its defenses"
         )
-    finite = [(other, value) for other, value in found.items() if value > -math.inf]
+    finite = [(id, value) for id, value in logprobs.items() if value > -math.inf]
     likeliest = sorted(finite, key=lambda pair: -pair[1])[: most or 0]
-    return Token(token, found[token], tuple(likeliest))
+    return Token(token, logprobs[token], tuple(likeliest))
 
 
 def _machine(config: Any, rows: int, context: int) -> dict[str, Any]:

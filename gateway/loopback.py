@@ -6,8 +6,8 @@ import ipaddress
 def is_loopback(host: str) -> bool:
     """True for `localhost` and for addresses of the loopback interface.
 
-    Other names are not resolved: whoever controls a domain can point it at 127.0.0.1, so a name
-    proves nothing about who can reach it.
+    Other names are not resolved. The owner of a domain can point it at 127.0.0.1, so a name proves
+    nothing about who can reach it.
 
     Args:
         host: a name or an address without brackets, such as `127.0.0.1`, `::1` or `fe80::1%eth0`.

@@ -94,7 +94,7 @@ class TransformersEngine(Engine):
         return self._ended is None and self._thread.is_alive()
 
     def close(self) -> None:
-        """Stop after the step under way; whoever still waits gets an `EngineError`."""
+        """Stop after the step under way; requests that still wait get an `EngineError`."""
         self._end("the engine was closed; send the request to another one")
         self._thread.join()
 

@@ -214,7 +214,7 @@ def test_a_collector_of_reasoning_is_logged_throttled_or_blocked(
 ) -> None:
     rules = Extraction(action=action, threshold=0.3, every=EVERY, throttle=0.1)  # type: ignore[arg-type]
     gateway: Gateway = gateway_factory(Policy(extraction=rules))
-    record, token = gateway.keys.create("thief")
+    record, token = gateway.keys.create("attacker")
     _, other = gateway.keys.create("bystander")
     answers = collecting(gateway, token)
     before, after = answers[: EVERY - 1], answers[EVERY - 1 :]

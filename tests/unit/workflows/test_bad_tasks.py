@@ -55,7 +55,7 @@ def test_every_problem_that_a_run_asks_for_is_counted(refused, tmp_path: Path) -
     assert "29 problems in test, fewer than the 30 requested" in found
     found = lacks({**enough, "validation": 19})
     assert "19 problems in validation, fewer than the 20 requested" in found
-    # Apart from the thief's 20 problems there are to be 20 with ground truth.
+    # The attacker has 20 problems, and 20 others with ground truth are needed.
     found = lacks({**enough, "train": 39}, "defenses.0.training.apart=true")
     assert "39 problems in train, fewer than the 40 requested" in found
     # A lesson is always apart, and its exam asks 50 problems.

@@ -225,7 +225,7 @@ def test_a_written_file_names_the_store_and_does_not_open_it(
 
     assert written()["store"] == str(store)
     assert written("store=mine")["store"] == str(tmp_path / "mine")
-    # Only whoever serves needs to reach it.
+    # Only the serving machine needs to reach it.
     assert written(redis="redis://db.example:6379")["redis"] == "redis://db.example:6379"
     assert written("redis=null", redis="redis://db.example:6379")["redis"] is None
     assert not store.exists()
