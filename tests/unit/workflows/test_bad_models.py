@@ -45,6 +45,7 @@ def test_more_tokens_than_a_context_holds(refused) -> None:
 
 def test_the_logit_side_is_content_with_what_is_there(tmp_path: Path) -> None:
     few = [f"defenses.{i}.training.{n}=20" for i in (0, 1) for n in ("truth", "refresh_traces")]
+    few += ["probe.information=0", "probe.begun=20"]
     preflight(settings.load("pocket_logits", [f"cache={tmp_path}", *FEW, *few, "head_traces=20"]))
     assert list(tmp_path.iterdir()) == []
 
