@@ -145,7 +145,7 @@ def test_pocket_refuses_unknown_splits() -> None:
         ("#### 5\nWait.\n#### 6", "6"),
         ("#### Step one\n2 + 5 = 7\n#### Done", "7"),
         ("First 12. So \\boxed{18} of the 40.", "18"),
-        ("so \\boxed{\\frac{3}{4}}", "\\frac{3}{4}"),
+        ("so \\boxed{\\frac{3}{4}}", "0.75"),
         ("#### 4, which is \\boxed{5}", "5"),
         ("12 eggs. The answer is 18. There were 40.", "18"),
         ("The final answer is: $1,234", "1234"),
