@@ -79,6 +79,10 @@ def alpha_beta(
     """
     if not (math.isfinite(a) and math.isfinite(b)):
         raise ValueError(f"alpha and beta must be finite numbers, got {a} and {b}")
+    if log_p.dtype != torch.float64 and any(0 < abs(x) < _SMALL for x in (a, b)):
+        # The differences in `_shape` lose about eps / a, which float32 cannot spare here.
+        exact = alpha_beta(log_p.double(), log_q.double(), a, b, release_compat=release_compat)
+        return exact.to(log_p.dtype)
     # Each event is computed from its more likely side, so no exponential of a large number is
     # taken. At a gap of 0, `clamp` passes the gradient and `relu` does not: it is passed once.
     gap = finite_log(log_p) - finite_log(log_q)
@@ -92,12 +96,17 @@ def alpha_beta(
     return total
 
 
+_SMALL = 0.02
+"""Exponents below it are computed in float64; float32 keeps six digits above it."""
+
+
 def _weight(log_p: Tensor, log_q: Tensor, power: float) -> Tensor:
     """The larger probability to a power, cut to a finite number: infinity times 0 would be NaN."""
     if power == 0:
         return torch.ones_like(log_p)
     largest = torch.maximum(log_p, log_q)
-    return (power * largest).clamp(max=math.log(torch.finfo(largest.dtype).max)).exp()
+    # A little below the logarithm of the largest number, which may round up to infinity.
+    return (power * largest).clamp(max=math.log(torch.finfo(largest.dtype).max) - 1e-3).exp()
 
 
 def _shape(a: float, b: float, x: Tensor) -> Tensor:
@@ -109,6 +118,10 @@ def _shape(a: float, b: float, x: Tensor) -> Tensor:
     # The difference loses about eps / a to cancellation, and the limit is off by about a. Both
     # are equal at a = sqrt(eps); closer to 0 the limit is the better one.
     least = torch.finfo(x.dtype).eps ** 0.5
+    steepest = -min(a + b, b)
+    if steepest > 0:
+        # Beyond this distance two exponentials overflow, and infinity minus infinity is NaN.
+        x = x.clamp(max=(math.log(torch.finfo(x.dtype).max) - 5) / steepest)
     if abs(a) >= least:
         return (_phi(a + b, x) - _phi(b, x)) / a
     if abs(b) >= least:

@@ -324,3 +324,25 @@ def test_parameters_are_filled_in() -> None:
     found = by_name("alpha_beta", a=0.2, b=0.7)(P.log(), Q.log())
     assert torch.equal(found, alpha_beta(P.log(), Q.log(), 0.2, 0.7))
     assert torch.equal(by_name("alpha", a=0.5)(P.log(), Q.log()), alpha(P.log(), Q.log(), 0.5))
+
+
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [(5e-4, 0.5), (0.5, 5e-4), (1e-3, 1e-3), (5e-3, -0.3), (1e-2, 0.99), (-2e-3, 0.4), (0.1, 0.5)],
+)
+def test_small_exponents_keep_their_digits_in_float32(a: float, b: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    p, q = (torch.randn(8, 50, generator=generator).log_softmax(-1) for _ in range(2))
+    single = divergences.alpha_beta(p, q, a, b)
+    double = divergences.alpha_beta(p.double(), q.double(), a, b)
+    assert single.dtype == torch.float32
+    torch.testing.assert_close(single.double(), double, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("exponent", [-0.5, -1.0, -2.0])
+def test_improbable_events_do_not_become_nan(exponent: float) -> None:
+    p = torch.tensor([[0.0, -200.0, -300.0]])
+    assert divergences.alpha_beta(p, p, exponent, exponent).item() == 0.0
+    # The true value is above 1e108.
+    q = torch.tensor([[0.0, -250.0, -300.0]])
+    assert divergences.alpha_beta(p, q, exponent, exponent).item() > 1e30
