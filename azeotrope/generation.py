@@ -60,8 +60,8 @@ def generate(
         One completion per prompt, in order.
 
     Raises:
-        ValueError: if a prompt is empty, if seeds are missing, or if prompt and completion
-            together do not fit the model's context.
+        ValueError: if a prompt is empty, if seeds are missing, if prompt and completion together
+            do not fit the model's context, or if logits are not finite numbers.
     """
     _check(model, prompts, sampling, seeds)
     if len(prompts) == 0:
@@ -112,6 +112,12 @@ def _write(
     for step in range(sampling.max_new_tokens):
         logits = next_logits(model, batch.inputs())
         logits = session.adjust(logits, {place: rows[row] for place, row in enumerate(active)})
+        # The greatest is NaN if any is; `argmax` would silently write the token of the first NaN.
+        if not logits.max(-1).values.isfinite().all():
+            raise ValueError(
+                f"token {step} of a row has no distribution: its logits hold NaN or infinity, or "
+                "leave no token; look at the model's weights and its decoding defenses"
+            )
         tokens = draws.choose(logits, active, step)
         for row, token in zip(active, tokens, strict=True):
             rows[row].written.append(token)

@@ -186,3 +186,13 @@ def test_labels_of_result_tables() -> None:
     assert GREEDY.label == "greedy"
     assert Sampling(temperature=1.0).label == "sampled@1"
     assert Sampling(temperature=0.7).label == "sampled@0.7"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_logits_that_are_no_numbers_end_the_call(model, value: float) -> None:
+    class Broken(DecodingHooks):
+        def adjust_logits(self, logits, prefixes):
+            return torch.full_like(logits, value) if len(prefixes[0]) == 2 else logits
+
+    with pytest.raises(ValueError, match="token 2 of a row has no distribution"):
+        run(model, PROMPTS, GREEDY, hooks=[Broken()])
