@@ -86,5 +86,5 @@ def test_names_that_come_and_go_are_told_with_what_to_do() -> None:
     assert "vLLM has 'c'" in new
     assert "put it under allowed, fixed or refused" in new
     assert "rules on 'b'" in gone
-    with pytest.raises(ConfigError, match="more for a"):
+    with pytest.raises(ConfigError, match="several for a"):
         build(Rulings, {"allowed": ["a"], "fixed": {}, "refused": {"leaks": ["a"]}})
