@@ -183,7 +183,9 @@ def detect(
     Args:
         completions: token ids of the teacher's tokenizer, one sequence per text. No prompts: their
             tokens would be counted too. Pairs never cross from one text to the next.
-        key, share, context: those of the defense.
+        key: the secret of the defense.
+        share: the defense's share of green tokens.
+        context: the previous tokens that decide a list, as in the defense.
 
     Returns:
         A p-value of 1 if there is nothing to count.

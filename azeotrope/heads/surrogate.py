@@ -123,7 +123,8 @@ class Surrogate(nn.Module):
 
         Args:
             inputs: what enters the tail, text after text.
-            rows, counts: tokens and completion tokens of each text.
+            rows: tokens of each text.
+            counts: completion tokens of each text.
         """
         width = max(rows)
         shape = len(rows), width, inputs.shape[-1]

@@ -78,7 +78,8 @@ def conditional_mutual_information(
 
     Args:
         hidden: last hidden states, one for each predicted token.
-        weight, bias: the head, without rows that pad the vocabulary.
+        weight: the head's weight, without rows that pad the vocabulary.
+        bias: the head's bias, cut in the same way.
         targets: the token that follows each position, which is Y.
         texts: for each position the number of its text. Several answers to one problem should
             count as one text.

@@ -44,8 +44,9 @@ def fit_inversion(
         R = (Z - Z')^T (Z' Z'^T + mu I)^-1 Z',   mu = ridge x mean squared norm of the rows of Z'
 
     Args:
-        clean, defended: logits or log-probabilities of the same positions; rows are centred,
-            because the softmax forgets their means.
+        clean: logits or log-probabilities of the undefended teacher; rows are centred, because the
+            softmax forgets their means.
+        defended: those of the defended teacher at the same positions.
         ridge: mu per mean squared norm; rounded logprobs need a larger one.
 
     Raises:

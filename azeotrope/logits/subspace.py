@@ -98,7 +98,8 @@ def recover_subspace(
     Args:
         prompts: different ones, at least two more than the hidden size; see `random_prompts`.
         tokens: ids to read, at least two more than the hidden size; see `sample_tokens`.
-        bias, repeats: see `recover_logits`.
+        bias: see `recover_logits`.
+        repeats: see `recover_logits`.
 
     Raises:
         ValueError: if there are fewer than two prompts or tokens, one is repeated or empty, or
