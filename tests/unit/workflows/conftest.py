@@ -1,28 +1,33 @@
-"""What tests of the command line share: a configuration that must be refused, and a time limit."""
+"""What tests of the command line share: a configuration that must be refused before work starts."""
 
-import importlib
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-LIMIT_S = 5.0
-"""Processor time of a check: mistakes must be found before anything is loaded."""
-
 
 @pytest.fixture
-def quick() -> Iterator[None]:
-    """Limits the time of a test."""
-    # Modules that are imported at first use are not limited, so that they are imported here.
-    from experiment import settings
+def nothing_starts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Fails a test that starts Ray or reads a model's weights: mistakes must be found before."""
+    import ray
+    from transformers import PreTrainedModel
 
-    importlib.import_module("transformers.models.llama.modeling_llama")
-    settings.load("pocket_logits", [])
-    # Only the time of this process counts, so that a busy machine does not fail correct tests.
-    started = time.process_time()
+    started: list[str] = []
+    read_weights = PreTrainedModel.from_pretrained.__func__
+    start_ray = ray.init
+
+    def from_pretrained(cls: type, *args: object, **kwargs: object) -> object:
+        started.append("weights were read")
+        return read_weights(cls, *args, **kwargs)
+
+    def init(*args: object, **kwargs: object) -> object:
+        started.append("Ray was started")
+        return start_ray(*args, **kwargs)
+
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", classmethod(from_pretrained))
+    monkeypatch.setattr(ray, "init", init)
     yield
-    assert time.process_time() - started < LIMIT_S
+    assert started == []
 
 
 @pytest.fixture

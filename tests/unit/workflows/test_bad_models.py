@@ -13,7 +13,7 @@ from azeotrope import models
 from experiment import settings
 from experiment.preflight import preflight
 
-pytestmark = pytest.mark.usefixtures("quick")
+pytestmark = pytest.mark.usefixtures("nothing_starts")
 FEW = (
     "traces=20",
     "exam_problems=20",

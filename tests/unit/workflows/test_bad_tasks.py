@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.usefixtures("quick")
+pytestmark = pytest.mark.usefixtures("nothing_starts")
 CMI = "name: trial\ndefenses:\n  - {parts: [{name: cmi}], training: {truth: 20}}\n"
 
 
