@@ -19,7 +19,7 @@ from gateway.accounts.ledger import Usage
 from gateway.accounts.sqlite_keys import KEYS_FILE, SqliteKeyStore
 from gateway.accounts.sqlite_ledger import LEDGER_FILE, SqliteLedger
 
-READY_S, STOP_S, POLL_S = 120.0, 60.0, 0.1
+READY_S, STOP_S, POLL_S = 300.0, 60.0, 0.1
 
 
 class Key(NamedTuple):
