@@ -15,6 +15,7 @@ import torch
 from transformers import AutoConfig
 
 from azeotrope import models
+from azeotrope.endings import end_ids
 from azeotrope.engine.protocol import (
     Chunk,
     Engine,
@@ -89,7 +90,7 @@ class VllmEngine(Engine):
         if not 2 <= self._context <= longest:
             raise ValueError(f"context must be from 2 to the model's {longest}, got {context}")
         self._vocabulary = int(config.vocab_size)
-        self._eos = models.load_tokenizer(checkpoint).eos_token_id
+        self._ends = sorted(end_ids(models.load_tokenizer(checkpoint)))
         self._most, self._open = rows + queue, 0
         settings = {
             "model": place,
@@ -168,7 +169,7 @@ class VllmEngine(Engine):
             seed=request.seed if request.seed >= 0 else request.seed + 2**63,
             max_tokens=min(request.max_tokens, self._context - len(request.prompt)),
             logprobs=request.logprobs,
-            stop_token_ids=[] if self._eos is None else [self._eos],
+            stop_token_ids=self._ends,
             ignore_eos=True,
             detokenize=False,
             output_kind=RequestOutputKind.DELTA,
@@ -183,7 +184,7 @@ class VllmEngine(Engine):
         tokens = tuple(
             _token(token, numbers, request.logprobs)
             for token, numbers in zip(output.token_ids, shown, strict=True)
-            if token != self._eos
+            if token not in self._ends
         )
         return Chunk(tokens, finish) if tokens or finish else None
 

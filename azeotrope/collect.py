@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from azeotrope.decoding import DecodingHooks
+from azeotrope.endings import end_ids
 from azeotrope.generation import Sampling, generate
 from azeotrope.models import Loaded
 from azeotrope.problems import Problem, Task
@@ -76,7 +77,7 @@ def _collect(
         loaded.model,
         prompts,
         sampling,
-        eos_id=int(tokenizer.eos_token_id),  # type: ignore[arg-type]
+        end_ids=end_ids(tokenizer),
         pad_id=int(tokenizer.pad_token_id),  # type: ignore[arg-type]
         seeds=seeds,
         hooks=hooks,
@@ -147,7 +148,7 @@ def _finish(
         loaded.model,
         prompts,
         sampling,
-        eos_id=int(tokenizer.eos_token_id),  # type: ignore[arg-type]
+        end_ids=end_ids(tokenizer),
         pad_id=int(tokenizer.pad_token_id),  # type: ignore[arg-type]
         seeds=[row_seed(text.id, 0) for text in texts],
     )

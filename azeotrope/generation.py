@@ -4,7 +4,7 @@ Each row has random numbers of its own, drawn from its seed, so what a row sampl
 depend on the rows beside it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,7 +33,7 @@ class Sampling(Config):
 
 @dataclass(frozen=True)
 class Completion:
-    """Token ids written after one prompt, with the end-of-sequence token if the row wrote it."""
+    """Token ids written after one prompt, with the token that ended it if the row wrote one."""
 
     ids: tuple[int, ...]
     finished: bool
@@ -45,7 +45,7 @@ def generate(
     prompts: Sequence[Sequence[int]],
     sampling: Sampling,
     *,
-    eos_id: int,
+    end_ids: Collection[int],
     pad_id: int,
     seeds: Sequence[int] | None = None,
     hooks: Sequence[DecodingHooks] = (),
@@ -53,6 +53,7 @@ def generate(
     """Complete every prompt, all rows in one batch; finished rows leave the batch.
 
     Args:
+        end_ids: tokens that end a row; see `endings.end_ids`.
         seeds: one integer per row; needed when temperature > 0.
         hooks: decoding defenses for example; they change the logits before the temperature does.
 
@@ -70,10 +71,10 @@ def generate(
     session = DecodingSession()
     session.add(rows)
     try:
-        _write(model, rows, session, sampling, _Draws(seeds, len(rows), sampling), eos_id, pad_id)
+        _write(model, rows, session, sampling, _Draws(seeds, len(rows), sampling), end_ids, pad_id)
     finally:
         session.close()
-    return [Completion(tuple(row.written), row.written[-1] == eos_id) for row in rows]
+    return [Completion(tuple(row.written), row.written[-1] in end_ids) for row in rows]
 
 
 class _Draws:
@@ -103,10 +104,10 @@ def _write(
     session: DecodingSession,
     sampling: Sampling,
     draws: _Draws,
-    eos_id: int,
+    end_ids: Collection[int],
     pad_id: int,
 ) -> None:
-    """Fill the rows until each has written the end-of-sequence token or all that it may."""
+    """Fill the rows until each has written an end token or all that it may."""
     batch = PaddedRows(model, [row.prompt for row in rows], pad_id)
     active = list(range(len(rows)))
     for step in range(sampling.max_new_tokens):
@@ -121,8 +122,8 @@ def _write(
         tokens = draws.choose(logits, active, step)
         for row, token in zip(active, tokens, strict=True):
             rows[row].written.append(token)
-        kept = [place for place, token in enumerate(tokens) if token != eos_id]
-        session.drop(rows[row] for row in active if rows[row].written[-1] == eos_id)
+        kept = [place for place, token in enumerate(tokens) if token not in end_ids]
+        session.drop(rows[row] for row in active if rows[row].written[-1] in end_ids)
         if not kept:
             return
         if len(kept) < len(active):

@@ -10,12 +10,14 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.utils.logging import disable_progress_bar
 
 from azeotrope import packaged
+from azeotrope.endings import declare
 
 # A run shows one progress bar of its own; a bar for each of thousands of loads would hide it.
 disable_progress_bar()
@@ -119,11 +121,22 @@ def load(
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    tokenizer = AutoTokenizer.from_pretrained(resolve(name))
+    source = resolve(name)
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    declare(tokenizer, _generation_ends(source))
     if tokenizer.pad_token_id is None:
         # Padding is masked by position, never by token id, so sharing the id with eos is safe.
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _generation_ends(source: str) -> int | list[int] | None:
+    """The ids that end a completion, from the generation configuration or the model's own."""
+    try:
+        return GenerationConfig.from_pretrained(source).eos_token_id
+    except OSError:
+        # A checkpoint without the file; transformers then takes the model's configuration.
+        return getattr(AutoConfig.from_pretrained(source).get_text_config(), "eos_token_id", None)
 
 
 def context_length(name: str) -> int:

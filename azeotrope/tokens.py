@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from azeotrope.config import Config
+from azeotrope.endings import end_ids, learned_end
 
 Message = dict[str, str]
 
@@ -163,7 +164,7 @@ def encode(
     prompt = encode_prompt(tokenizer, messages)
     encoded = tokenizer(completion, add_special_tokens=False, return_offsets_mapping=True)
     ids, offsets = list(encoded["input_ids"]), list(encoded["offset_mapping"])
-    eos = _eos(tokenizer) if finished else None
+    eos = learned_end(tokenizer) if finished else None
     example = _marked(id, prompt, ids, spans(completion, boundary), completion, offsets, eos)
     return _checked(example, max_length)
 
@@ -184,7 +185,8 @@ def from_ids(
             empty.
     """
     ids = list(completion)
-    eos = _eos(tokenizer) if ids and ids[-1] == tokenizer.eos_token_id else None
+    # The end that the model wrote is learned, whichever of its ends it is.
+    eos = ids[-1] if ids and ids[-1] in end_ids(tokenizer) else None
     if eos is not None:
         ids = ids[:-1]
     text = decode(tokenizer, ids)
@@ -202,10 +204,6 @@ def from_ids(
 def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
     """The text of a completion, special tokens left out."""
     return tokenizer.decode(list(ids), skip_special_tokens=True)  # type: ignore[return-value]
-
-
-def _eos(tokenizer: PreTrainedTokenizerBase) -> int:
-    return int(tokenizer.eos_token_id)  # type: ignore[arg-type]
 
 
 def _marked(

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from azeotrope import __version__, models
 from azeotrope.attacks.cleanups import base as cleanups
 from azeotrope.defenses.base import strength_label
+from azeotrope.endings import learned_end
 from azeotrope.files import write_json
 from azeotrope.report.completions import ScoredCompletion, repeats, summarise
 from azeotrope.report.page import write_report
@@ -103,7 +104,7 @@ def score(
             ids = tokenizer(trace.text, add_special_tokens=False)["input_ids"]  # type: ignore[assignment]
             if trace.finished:
                 # As in generated completions, the end of the sequence counts as a token.
-                ids = [*ids, int(tokenizer.eos_token_id)]  # type: ignore[arg-type]
+                ids = [*ids, learned_end(tokenizer)]
         scored.append(
             ScoredCompletion(
                 problem_id=trace.problem,

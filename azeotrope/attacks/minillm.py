@@ -32,6 +32,7 @@ from torch import Tensor
 
 from azeotrope.attacks.logits.attack import LogitAttack, LogitConfig, sum_by_chunks
 from azeotrope.attacks.logits.teacher import TeacherHead
+from azeotrope.endings import end_ids
 from azeotrope.generation import Sampling, generate
 from azeotrope.heads.chunked import hidden_states, sequence_loss
 from azeotrope.logits import divergences
@@ -141,7 +142,7 @@ class MiniLlm(LogitAttack):
             model,
             prompts,
             Sampling(temperature=1.0, max_new_tokens=self.config.max_new_tokens),
-            eos_id=int(tokenizer.eos_token_id),  # type: ignore[arg-type]
+            end_ids=end_ids(tokenizer),
             pad_id=pad,
             seeds=[row_seed(example.id, torch.initial_seed()) for example in examples],
             hooks=[policy],

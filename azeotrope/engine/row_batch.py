@@ -5,7 +5,7 @@ batch is padded on the left, and it is as wide as its longest row.
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 
 import torch
@@ -54,13 +54,13 @@ class BatchRow(DecodingRow):
 class RowBatch:
     """Rows that advance together, one token each per step."""
 
-    def __init__(self, model: PreTrainedModel, *, eos_id: int | None, pad_id: int) -> None:
+    def __init__(self, model: PreTrainedModel, *, end_ids: Collection[int], pad_id: int) -> None:
         """
         Raises:
             ValueError: if rows of this model cannot be moved between batches.
         """
         check_model(model)
-        self._model, self._eos, self._pad = model, eos_id, pad_id
+        self._model, self._ends, self._pad = model, frozenset(end_ids), pad_id
         self._session = DecodingSession()
         self._cache = DynamicCache()
         self._width = 0
@@ -140,7 +140,7 @@ class RowBatch:
                     f"token {steps[index]} of a row has no distribution: its logits hold NaN or "
                     "infinity, or leave no token; look at the model and its decoding defenses"
                 )
-            elif token == self._eos:
+            elif token in self._ends:
                 row.finish = "stop"
             else:
                 row.written.append(token)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from azeotrope.defenses.base import Defense
+from azeotrope.endings import end_ids
 from azeotrope.engine.protocol import (
     Chunk,
     Engine,
@@ -73,7 +74,7 @@ class TransformersEngine(Engine):
         model, tokenizer = loaded.model, loaded.tokenizer
         self._batch = RowBatch(
             model,
-            eos_id=tokenizer.eos_token_id,  # type: ignore[arg-type]
+            end_ids=end_ids(tokenizer),
             pad_id=tokenizer.pad_token_id or 0,  # type: ignore[arg-type]
         )
         self._variants = DefenseVariants(decoding)

@@ -17,12 +17,13 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from azeotrope.endings import end_pairs
 from azeotrope.tokens import decode
 
 # Texts to put before a token: many tokenizers spell a token differently at the start of a text.
 _ANCHORS = (".", "a", "1", "\n")
-# If one token has two roles, the later entry wins: the end-of-sequence token often pads too.
-_ROLES = ("pad_token", "unk_token", "bos_token", "eos_token")
+# If one token has two roles, the later entry wins, and an end wins over all: it often pads too.
+_ROLES = ("pad_token", "unk_token", "bos_token")
 _BROKEN = "\ufffd"
 """The replacement character, which decoders write for bytes that are not a character."""
 _DEPTH = 8
@@ -50,6 +51,8 @@ def spellings(
     """
     ours = student.get_vocab()
     roles = {getattr(teacher, role): getattr(student, f"{role}_id") for role in _ROLES}
+    for end, twin in end_pairs(teacher, student).items():
+        roles[teacher.convert_ids_to_tokens(end)] = twin
     special = set(teacher.all_special_tokens)
     before = teacher.tokenize(".")[-1:]
     alone = teacher.convert_tokens_to_string(before)

@@ -7,6 +7,8 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from azeotrope.endings import end_pairs
+
 LEAST_SHARED = 0.5
 """Smallest share of the teacher's tokens that a proxy must have."""
 
@@ -46,10 +48,16 @@ def share(
         ValueError: if the proxy has less than half of the teacher's tokens. It could not read what
             the teacher writes, and its distribution would mean nothing.
     """
-    theirs = proxy.get_vocab()
+    theirs = dict(proxy.get_vocab())
     ours = dict(teacher.get_vocab())
-    for role in ("bos_token", "eos_token", "pad_token", "unk_token"):
+    ends = end_pairs(teacher, proxy)
+    theirs |= {
+        str(teacher.convert_ids_to_tokens(end)): proxy_end for end, proxy_end in ends.items()
+    }
+    for role in ("bos_token", "pad_token", "unk_token"):
         spelling, proxy_spelling = getattr(teacher, role), getattr(proxy, role)
+        if ours.get(spelling) in ends:
+            continue
         if spelling is not None and proxy_spelling is not None and proxy_spelling in theirs:
             theirs = {**theirs, spelling: theirs[proxy_spelling]}
     pairs = sorted((index, theirs[token]) for token, index in ours.items() if token in theirs)

@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from azeotrope import tokens
+from azeotrope.endings import end_ids
 from azeotrope.generation import Sampling, generate
 from azeotrope.heads import chunked
 from azeotrope.models import POCKET, Loaded, parameter_count, save
@@ -162,7 +163,7 @@ def accuracy(loaded: Loaded, difficulty: Range, temperature: float) -> float:
             loaded.model,
             prompts,
             sampling,
-            eos_id=loaded.tokenizer.eos_token_id,  # type: ignore[arg-type]
+            end_ids=end_ids(loaded.tokenizer),
             pad_id=loaded.tokenizer.pad_token_id,  # type: ignore[arg-type]
             seeds=list(range(start, start + len(part))),
         )

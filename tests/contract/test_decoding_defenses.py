@@ -112,7 +112,7 @@ def test_the_reference_path_shows_prompts_and_ends(
 ) -> None:
     sampling = Sampling(temperature=0.0, max_new_tokens=4)
     hooks = [defenses.resolve(dict(SETTINGS))]
-    completions = generate(teacher.model, PROMPTS, sampling, eos_id=END, pad_id=0, hooks=hooks)
+    completions = generate(teacher.model, PROMPTS, sampling, end_ids=(END,), pad_id=0, hooks=hooks)
     # The last prompt is as long as a completion may be, so its row does not end by itself.
     assert completions == [
         *(Completion((*prompt, END), True) for prompt in PROMPTS[:3]),
@@ -135,7 +135,7 @@ def test_the_reference_path_drops_rows_when_it_fails(
     hooks = [defenses.resolve(dict(SETTINGS)), Fail()]
     sampling = Sampling(temperature=0.0, max_new_tokens=4)
     with pytest.raises(RuntimeError, match="no more"):
-        generate(teacher.model, PROMPTS, sampling, eos_id=END, pad_id=0, hooks=hooks)
+        generate(teacher.model, PROMPTS, sampling, end_ids=(END,), pad_id=0, hooks=hooks)
     check_rows_begin_and_end_once(echo, PROMPTS)
 
 
@@ -144,7 +144,7 @@ def test_the_row_batch_adjusts_rows_that_join_later_in_the_same_call(
 ) -> None:
     shared = (defenses.resolve(dict(SETTINGS)),)
     alone = (defenses.resolve(dict(SETTINGS)),)
-    batch = RowBatch(teacher.model, eos_id=END, pad_id=0)
+    batch = RowBatch(teacher.model, end_ids=(END,), pad_id=0)
     rows = [BatchRow(prompt, shared, limit=10) for prompt in PROMPTS]
     rows.append(BatchRow((15, 16), alone, limit=10))
     batch.step([rows[3]])
@@ -162,7 +162,7 @@ def test_the_row_batch_drops_cancelled_rows_and_those_that_are_open_at_its_end(
     echo: ModuleType, teacher: models.Loaded
 ) -> None:
     defense = (defenses.resolve(dict(SETTINGS)),)
-    batch = RowBatch(teacher.model, eos_id=END, pad_id=0)
+    batch = RowBatch(teacher.model, end_ids=(END,), pad_id=0)
     cancelled, limited, opened = (
         BatchRow(prompt, defense, limit=limit)
         for prompt, limit in zip([(5, 6, 7), (8, 9, 10), (11, 12, 13)], (9, 2, 9), strict=True)

@@ -15,6 +15,7 @@ from fastapi import FastAPI
 
 from azeotrope import tasks
 from azeotrope.defenses.answers_only import Config, build
+from azeotrope.endings import end_ids
 from azeotrope.engine.protocol import Chunk, Engine, EngineError, EngineRequest
 from azeotrope.generation import Sampling, generate
 from azeotrope.models import Loaded
@@ -105,7 +106,7 @@ def greedy(teacher: Loaded) -> str:
         teacher.model,
         [encode_prompt(teacher.tokenizer, question())],
         Sampling(temperature=0, max_new_tokens=64),
-        eos_id=int(teacher.tokenizer.eos_token_id),  # type: ignore[arg-type]
+        end_ids=end_ids(teacher.tokenizer),
         pad_id=int(teacher.tokenizer.pad_token_id or 0),  # type: ignore[arg-type]
     )
     ids = made.ids[:-1] if made.finished else made.ids

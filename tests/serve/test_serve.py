@@ -82,7 +82,11 @@ def references() -> list[Reference]:
     prompts = [encode_prompt(loaded.tokenizer, task.messages(p.question)) for p in problems]
     eos = int(loaded.tokenizer.eos_token_id)  # type: ignore[arg-type]
     done = generate(
-        loaded.model, prompts, Sampling(temperature=0.0, max_new_tokens=120), eos_id=eos, pad_id=0
+        loaded.model,
+        prompts,
+        Sampling(temperature=0.0, max_new_tokens=120),
+        end_ids=(eos,),
+        pad_id=0,
     )
     return [
         Reference(p.question, decode(loaded.tokenizer, d.ids), len(d.ids) - int(d.finished))

@@ -18,6 +18,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 from actors.vllm_engine import VllmEngine
 from azeotrope import generation, models, tasks
 from azeotrope.defenses import base
+from azeotrope.endings import end_ids
 from azeotrope.engine.protocol import Chunk, EngineBusyError, EngineError, EngineRequest, Token
 from azeotrope.generation import Sampling
 from azeotrope.tokens import encode_prompt
@@ -87,7 +88,7 @@ def _reference(
         teacher.model,
         prompts,
         Sampling(temperature=0.0, max_new_tokens=LENGTH),
-        eos_id=teacher.tokenizer.eos_token_id,  # type: ignore[arg-type]
+        end_ids=end_ids(teacher.tokenizer),
         pad_id=teacher.tokenizer.pad_token_id,  # type: ignore[arg-type]
         hooks=[base.resolve(dict(config)) for config in configs],
     )

@@ -46,7 +46,7 @@ def test_the_answers_and_their_numbers_are_the_models_own(endpoint: Served) -> N
     prompts = [encode_prompt(loaded.tokenizer, messages) for messages in asked]
     eos = int(loaded.tokenizer.eos_token_id)  # type: ignore[arg-type]
     greedy = Sampling(temperature=0.0, max_new_tokens=120)
-    written = generate(loaded.model, prompts, greedy, eos_id=eos, pad_id=0)
+    written = generate(loaded.model, prompts, greedy, end_ids=(eos,), pad_id=0)
     client = OpenAI(base_url=f"{endpoint.url}/v1", api_key=endpoint.key().token, max_retries=0)
     for messages, prompt, expected in zip(asked, prompts, written, strict=True):
         answer = client.chat.completions.create(

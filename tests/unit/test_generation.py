@@ -42,7 +42,7 @@ def reference(model: Qwen2ForCausalLM, prompt: list[int], steps: int, eos: int) 
 
 
 def run(model, prompts, sampling, *, eos=NEVER, **more) -> list[Completion]:
-    return generate(model, prompts, sampling, eos_id=eos, pad_id=PAD, **more)
+    return generate(model, prompts, sampling, end_ids=(eos,), pad_id=PAD, **more)
 
 
 @pytest.fixture(scope="module")

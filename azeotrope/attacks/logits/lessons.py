@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from azeotrope.attacks.logits.teacher import TeacherHead
+from azeotrope.endings import end_ids
 from azeotrope.logits.alignment import Meeting, meetings
 from azeotrope.tokens import Example
 from azeotrope.traces import Trace
@@ -94,7 +95,7 @@ def _meetings(
     if table is None:
         # Tokens of one vocabulary are not made of one another's pieces.
         table = torch.zeros(teacher.rows, 0, dtype=torch.long)
-    stops = trace.finished and written[-1:] == [teacher.tokenizer.eos_token_id]
+    stops = trace.finished and written[-1:] != [] and written[-1] in end_ids(teacher.tokenizer)
     try:
         return meetings(
             trace.text,

@@ -36,7 +36,7 @@ def test_the_next_token_is_the_mixtures_when_other_rows_have_finished(
     sampling = Sampling(temperature=1.0, max_new_tokens=11)
     found = generate(
         student.model, prompts, sampling,
-        eos_id=EOS, pad_id=0, seeds=list(range(45, 50)), hooks=[mixture],
+        end_ids=(EOS,), pad_id=0, seeds=list(range(45, 50)), hooks=[mixture],
     )  # fmt: skip
     ends = {len(item.ids) for item in found}
     assert len(ends) >= 3, "rows leave at different steps"

@@ -26,7 +26,7 @@ def reference_answers(
     """For each prompt: its tokens without the end-of-sequence token, and why it ended."""
     eos, pad = loaded.tokenizer.eos_token_id, loaded.tokenizer.pad_token_id
     completions = generate(
-        loaded.model, prompts, sampling, eos_id=eos, pad_id=pad, seeds=seeds, **more
+        loaded.model, prompts, sampling, end_ids=(eos,), pad_id=pad, seeds=seeds, **more
     )
     return [(c.ids[:-1], "stop") if c.finished else (c.ids, "length") for c in completions]
 

@@ -34,7 +34,7 @@ def test_rows_that_join_at_any_time_write_the_reference_tokens(teacher, prompts)
                 draws=draws,
             )
         )
-    batch = RowBatch(teacher.model, eos_id=teacher.tokenizer.eos_token_id, pad_id=0)
+    batch = RowBatch(teacher.model, end_ids=(teacher.tokenizer.eos_token_id,), pad_id=0)
     late, step, widths = list(rows), 0, []
     with watched(teacher, lambda kwargs: widths.append(kwargs["attention_mask"].shape[1])):
         while late or batch.rows:
@@ -61,7 +61,7 @@ def test_a_defense_sees_all_of_its_rows_in_every_step(teacher, prompts, monkeypa
 
     monkeypatch.setattr(base, "resolve", lambda data: Watch(base.DefenseConfig(**data)))
     defenses = (base.resolve({"name": "watch"}),)
-    batch = RowBatch(teacher.model, eos_id=None, pad_id=0)
+    batch = RowBatch(teacher.model, end_ids=(), pad_id=0)
     first, second = (BatchRow(prompt, defenses, limit=3) for prompt in prompts[:2])
     batch.step([first])
     batch.step([second])

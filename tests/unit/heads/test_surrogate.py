@@ -66,6 +66,15 @@ MODELS = {
 }
 
 
+def close(actual: Tensor, expected: Tensor) -> None:
+    """Equal to float32's rounding.
+
+    The norms of these models compute in float32 whatever the weights are, and a processor may sum
+    batches of another shape in another order.
+    """
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=2e-5)
+
+
 class Case:
     """A surrogate, what enters it, and the whole model in float64 beside it."""
 
@@ -94,8 +103,8 @@ def test_the_tail_gives_the_last_hidden_states(name: str, layer: str) -> None:
     case = Case(name, layer)
     with torch.no_grad():
         expected = hidden_states(case.whole, case.batch)
-    torch.testing.assert_close(case.hidden({}), expected)
-    torch.testing.assert_close(case.hidden(case.surrogate.watched()).detach(), expected)
+    close(case.hidden({}), expected)
+    close(case.hidden(case.surrogate.watched()).detach(), expected)
     blocks = len(blocks_of(case.whole))
     expected_blocks = {"last": 1, "penultimate": 2, NAMED: blocks - 1, "lm_head.weight": 0}.get(
         layer, 1
@@ -126,7 +135,7 @@ def test_gradients_are_those_of_the_whole_model(name: str, layer: str) -> None:
         [whole[names[short]] for short in watched],
     )
     for ours, theirs in zip(actual, expected, strict=True):
-        torch.testing.assert_close(ours, theirs)
+        close(ours, theirs)
         assert theirs.abs().sum() > 0
 
 
@@ -217,7 +226,7 @@ def test_texts_do_not_see_each_other() -> None:
     parts = case.inputs.split(list(case.rows))
     for part, rows, count, expected in zip(parts, case.rows, case.counts, together, strict=True):
         alone = case.surrogate.hidden({}, part, [rows], [count])
-        torch.testing.assert_close(alone, expected)
+        close(alone, expected)
 
 
 def test_watched_tensors_are_not_the_models_own() -> None:
