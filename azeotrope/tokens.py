@@ -8,6 +8,7 @@ span, so a token across a boundary belongs to neither.
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -151,7 +152,10 @@ def encode(
     finished: bool = True,
     id: str = "",
 ) -> Example:
-    """A conversation and the completion to learn, tokenized separately and then joined.
+    """A conversation and the completion to learn, in the tokens that a model would write.
+
+    The completion is tokenized behind its prompt: many tokenizers spell the first word of a text
+    otherwise than a word within one.
 
     Args:
         finished: add the end-of-sequence token, which is learned like any other. False for a
@@ -162,8 +166,7 @@ def encode(
             empty.
     """
     prompt = encode_prompt(tokenizer, messages)
-    encoded = tokenizer(completion, add_special_tokens=False, return_offsets_mapping=True)
-    ids, offsets = list(encoded["input_ids"]), list(encoded["offset_mapping"])
+    ids, offsets = _behind(tokenizer, messages, prompt, completion)
     eos = learned_end(tokenizer) if finished else None
     example = _marked(id, prompt, ids, spans(completion, boundary), completion, offsets, eos)
     return _checked(example, max_length)
@@ -202,8 +205,79 @@ def from_ids(
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    """The text of a completion, special tokens left out."""
-    return tokenizer.decode(list(ids), skip_special_tokens=True)  # type: ignore[return-value]
+    """The text of a completion, special tokens left out.
+
+    Tags that are special tokens, such as `<think>` with `</think>`, are a part of the text: they
+    say where the reasoning ends.
+    """
+    tags = _special_tags(tokenizer, len(tokenizer))
+    if not tags.intersection(ids):
+        return tokenizer.decode(list(ids), skip_special_tokens=True)  # type: ignore[return-value]
+    hidden = set(tokenizer.all_special_ids) - tags
+    kept = [id for id in ids if id not in hidden]
+    return tokenizer.decode(kept, skip_special_tokens=False)  # type: ignore[return-value]
+
+
+@lru_cache(maxsize=64)
+def _special_tags(tokenizer: PreTrainedTokenizerBase, _size: int) -> frozenset[int]:
+    """Ids of special tokens that open and close something, apart from those with a role."""
+    roles = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token}
+    special = {
+        token.content: id
+        for id, token in tokenizer.added_tokens_decoder.items()
+        if token.special and token.content not in roles
+    }
+    pairs = {name: f"{name[0]}/{name[1:]}" for name in special if len(name) > 1}
+    return frozenset(
+        special[tag]
+        for opening, closing in pairs.items()
+        if closing in special
+        for tag in (opening, closing)
+    )
+
+
+def _behind(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    prompt: Sequence[int],
+    completion: str,
+) -> tuple[list[int], list[tuple[int, int]]]:
+    """Ids and character offsets of a completion that is tokenized behind its prompt.
+
+    It is tokenized alone if its first token would merge with the prompt's last one.
+    """
+    if not completion:
+        return [], []
+    text = str(
+        tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+    )
+    start = len(text)
+    space = _space_before(tokenizer, messages, text, completion)
+    encoded = tokenizer(
+        text + space + completion, add_special_tokens=False, return_offsets_mapping=True
+    )
+    ids, offsets = list(encoded["input_ids"]), list(encoded["offset_mapping"])  # type: ignore[arg-type]
+    if tuple(ids[: len(prompt)]) == tuple(prompt) and len(ids) > len(prompt):
+        start += len(space)
+        behind = offsets[len(prompt) :]
+        return ids[len(prompt) :], [(max(a - start, 0), max(b - start, 0)) for a, b in behind]
+    alone = tokenizer(completion, add_special_tokens=False, return_offsets_mapping=True)
+    return list(alone["input_ids"]), list(alone["offset_mapping"])  # type: ignore[arg-type]
+
+
+def _space_before(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], prompt: str, completion: str
+) -> str:
+    """White space that the template puts between the prompt and the assistant's words."""
+    answered = [*messages, {"role": "assistant", "content": completion}]
+    try:
+        whole = str(tokenizer.apply_chat_template(answered, tokenize=False))
+    except Exception:
+        # Templates without an assistant's turn are in use: they only make prompts.
+        return ""
+    rest = whole.removeprefix(prompt) if whole.startswith(prompt) else completion
+    space, found, _ = rest.partition(completion)
+    return space if found and not space.strip() else ""
 
 
 def _marked(

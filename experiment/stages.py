@@ -28,9 +28,9 @@ VERSIONS = {
     "truth": 1,
     "rarest": 1,
     "probe": 1,
-    "features": 2,
+    "features": 3,
     "head": 2,
-    "student": 2,
+    "student": 3,
 }
 
 
