@@ -40,7 +40,8 @@ CAPTIONS = {
     ),
     "students": (
         "Accuracy of every student",
-        "Means over seeds with 95 % intervals over seeds and problems. Paler bars are attacks with "
+        "Means over seeds with 95 % intervals over seeds and problems, or over problems only where "
+        "there is one seed. Paler bars are attacks with "
         "clean-ups or variants.",
     ),
     "loss_curves": (

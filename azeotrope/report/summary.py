@@ -7,7 +7,7 @@ from azeotrope.report.intervals import Accuracy, Estimate, utility_kept
 from azeotrope.report.lines import BASELINE, Line
 from azeotrope.report.paired import PairedTest, find_test
 from azeotrope.report.rows import ResultRow
-from azeotrope.report.tables import defense_cell, percent, teacher_rows, times
+from azeotrope.report.tables import PROBLEMS_ONLY, defense_cell, percent, teacher_rows, times
 
 
 def plain_words(
@@ -31,6 +31,10 @@ def plain_words(
             adaptive = [change for change in headlines if _adapts(change, item)]
             test = find_test(paired, item.line.defense, item.line.strength)
             sentences.append(_words(item, _baseline(by_line, item.line), adaptive, test))
+    if any(item.seeds == 1 for item in headlines):
+        sentences.append(
+            f"Note: {PROBLEMS_ONLY}, not the chance in training; another seed may land outside."
+        )
     return [sentence for sentence in sentences if sentence]
 
 

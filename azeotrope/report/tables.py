@@ -11,6 +11,8 @@ from azeotrope.report.intervals import UNDEFINED, Estimate, mean_accuracy
 from azeotrope.report.lines import Index, Line, line_of
 from azeotrope.report.rows import ResultRow
 
+PROBLEMS_ONLY = "with one seed, intervals cover the choice of problems only"
+
 
 def percent(estimate: Estimate) -> str:
     """`51.0 % [46.6, 55.4]`, or a dash if the estimate is undefined."""
@@ -38,7 +40,8 @@ def _bounded(value: float, form: str) -> str:
 def result_table(rows: Sequence[ResultRow], traces: int | None = None) -> list[list[str]]:
     """The compact table, its header first: one line per student, defense, attack and clean-up.
 
-    Student accuracy is the mean over seeds; its interval covers seeds and problems.
+    Student accuracy is the mean over seeds; its interval covers seeds and problems, or problems
+    alone if there is one seed.
     """
     index = Index(rows, traces)
     removed = {item.line: item.gain_removed for item in headline(rows, traces)}
@@ -83,6 +86,8 @@ def narrow_result_table(
     seeds = [len(index.measured(line)) for line in lines if line.stolen] or [1]
     spread = str(max(seeds)) if min(seeds) == max(seeds) else f"{min(seeds)} to {max(seeds)}"
     caption = f"{index.traces} traces; seeds per student: {spread}"
+    if min(seeds) == 1:
+        caption += f"; {PROBLEMS_ONLY}"
     if "student" in constant and lines:
         caption = f"student {lines[0].model}; {caption}"
     return without(table, constant), caption
