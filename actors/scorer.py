@@ -11,6 +11,7 @@ from actors.threads import use_one_thread_on_cpu
 from azeotrope import models
 from azeotrope.files import write_json
 from azeotrope.logits.chunks import head_logits, token_chunks
+from azeotrope.logits.served import logit_cap, scaled
 from azeotrope.logits.vocabulary import share
 from azeotrope.tokens import Batch, collate
 
@@ -59,11 +60,12 @@ class ScoreActor:
         device = proxy.device
         inputs, targets = to_proxy[batch.input_ids], to_proxy[batch.targets[batch.mask]]
         outputs = proxy.model.base_model(input_ids=inputs.to(device), use_cache=False)
-        hidden = outputs.last_hidden_state[batch.mask.to(device)]
-        head = models.head_of(proxy.model)
+        hidden = scaled(proxy.model, outputs.last_hidden_state[batch.mask.to(device)])
+        head, cap = models.head_of(proxy.model), logit_cap(proxy.model)
         parts = []
         for chunk in token_chunks(len(targets), len(head.weight)):
-            log_p = head_logits(hidden[chunk], head.weight, head.bias).log_softmax(-1)
+            logits = head_logits(hidden[chunk], head.weight, head.bias, cap=cap)
+            log_p = logits.log_softmax(-1)
             parts.append(log_p.gather(-1, targets[chunk, None].to(device))[:, 0].cpu())
         sizes = batch.mask.sum(1).tolist()
         return torch.stack([part.sum() for part in torch.cat(parts).split(sizes)])

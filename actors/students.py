@@ -20,6 +20,7 @@ from azeotrope.config import Config
 from azeotrope.files import write_json
 from azeotrope.generation import Sampling
 from azeotrope.heads.features import read_features
+from azeotrope.logits.served import check_served, check_uncapped
 from azeotrope.tasks import TaskConfig
 from azeotrope.tasks import build as build_task
 from azeotrope.tokens import Boundary
@@ -130,6 +131,7 @@ def _untrained(job: StudentJob) -> models.Loaded:
     A step of training is often smaller than the difference of two neighbouring bfloat16 numbers.
     """
     student = models.load(job.model, dtype=torch.float32 if job.lora is None else None)
+    check_served(student.model)
     if job.lora is None:
         return student
     student = models.attach_lora(student, job.lora.rank, job.lora.alpha, job.lora.dropout)
@@ -163,6 +165,7 @@ def _teacher_head(job: StudentJob, attack: LogitAttack, device: torch.device) ->
             f"{attack.config.label} sees logits, but the job names no teacher to query"
         )
     teacher = models.load(job.teacher, device=device)
+    check_uncapped(teacher.model, "teacher")
     head = models.head_of(teacher.model)
     snapshot = None
     if job.snapshot is not None:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from azeotrope.config import Config
 from azeotrope.decoding import DecodingHooks, DecodingRow, DecodingSession
-from azeotrope.row_cache import PaddedRows, next_logits
+from azeotrope.row_cache import PaddedRows, check_leaving, next_logits
 
 
 class Sampling(Config):
@@ -61,7 +61,8 @@ def generate(
         One completion per prompt, in order.
 
     Raises:
-        ValueError: if a prompt is empty, if seeds are missing, if prompt and completion together
+        ValueError: if a prompt is empty, if seeds are missing, if the model keeps states that
+            cannot leave a batch, if prompt and completion together
             do not fit the model's context, or if logits are not finite numbers.
     """
     _check(model, prompts, sampling, seeds)
@@ -141,6 +142,7 @@ def _check(
     if sampling.temperature > 0 and (seeds is None or len(seeds) != len(prompts)):
         count = "none" if seeds is None else str(len(seeds))
         raise ValueError(f"sampling needs one seed per prompt, got {count} for {len(prompts)}")
+    check_leaving(model)
     longest = max((len(prompt) for prompt in prompts), default=1)
     if any(len(prompt) == 0 for prompt in prompts):
         raise ValueError("a prompt has no tokens; every prompt needs at least one")

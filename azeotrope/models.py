@@ -1,6 +1,7 @@
 """Load, untie and save models as plain Hugging Face checkpoints: safetensors, no remote code."""
 
 import hashlib
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from azeotrope.endings import declare
 
 # A run shows one progress bar of its own; a bar for each of thousands of loads would hide it.
 disable_progress_bar()
+_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 POCKET = Path(__file__).parent / "pocket" / "weights"
 
 
@@ -185,8 +187,30 @@ def save(loaded: Loaded, folder: Path) -> None:
     if has_lora(loaded.model):
         raise ValueError("the model has LoRA layers; call merge_lora before saving it")
     folder.mkdir(parents=True, exist_ok=True)
+    _make_writable(loaded.model)
     loaded.model.save_pretrained(folder)
     loaded.tokenizer.save_pretrained(folder)
+
+
+def _make_writable(model: PreTrainedModel) -> None:
+    """Leave out of a generation configuration what transformers reads but refuses to write.
+
+    Checkpoints with `do_sample: false` beside a temperature are in use, for example. Which tokens
+    end a completion is always kept.
+    """
+    config = model.generation_config
+    if config is None:
+        return
+    try:
+        config.validate(strict=True)
+    except ValueError as error:
+        kept = {name: getattr(config, name, None) for name in _TOKEN_IDS}
+        model.generation_config = GenerationConfig(**kept)
+        warnings.warn(
+            "the generation configuration contradicts itself, so only its token ids are saved: "
+            + str(error).strip().splitlines()[0],
+            stacklevel=3,
+        )
 
 
 def attach_lora(

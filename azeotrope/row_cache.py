@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 Source = tuple[DynamicCache, list[int]]
 """A cache, and which of its rows are kept."""
@@ -65,11 +65,21 @@ class PaddedRows:
     """
 
     def __init__(
-        self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], pad_id: int
+        self,
+        model: PreTrainedModel,
+        prompts: Sequence[Sequence[int]],
+        pad_id: int,
+        *,
+        keeps_all: bool = False,
     ) -> None:
+        """
+        Args:
+            keeps_all: layers with a sliding window keep what has left the window too, so that
+                rows can be moved between batches. Attention masks still leave it out.
+        """
         self._ids, self._attention = pad_left(prompts, pad_id, model.device)
         self._positions = (self._attention.cumsum(1) - 1).clamp(min=0)
-        self.cache = DynamicCache(config=model.config)
+        self.cache = DynamicCache() if keeps_all else DynamicCache(config=model.config)
 
     def inputs(self) -> dict[str, Any]:
         """The arguments of the next forward pass, which reads what the cache does not have yet."""
@@ -132,16 +142,31 @@ def check_model(model: PreTrainedModel) -> None:
     """Refuse models whose rows cannot be moved between batches.
 
     Raises:
-        ValueError: if a layer keeps anything but keys and values of the whole context.
+        ValueError: if a layer keeps anything but keys and values.
     """
-    layers = DynamicCache(config=model.config).layers
-    states = sorted({type(layer).__name__ for layer in layers if type(layer) is not DynamicLayer})
+    kinds = {type(layer) for layer in DynamicCache(config=model.config).layers}
+    states = sorted(kind.__name__ for kind in kinds - {DynamicLayer, DynamicSlidingWindowLayer})
     if getattr(model, "_is_stateful", False):
         states.append("a state of the model's own")
     if states:
         raise ValueError(
             f"{type(model).__name__} keeps {', '.join(states)}; rows join and leave only where "
-            "every layer has full attention (Llama, Qwen, OLMo 2): serve it with vLLM instead"
+            "every layer keeps keys and values (Llama, Qwen, Gemma): serve it with vLLM instead"
+        )
+
+
+def check_leaving(model: PreTrainedModel) -> None:
+    """Refuse models whose rows cannot leave a batch when they have ended.
+
+    Raises:
+        ValueError: if a layer keeps a state that is not kept row by row.
+    """
+    layers = DynamicCache(config=model.config).layers
+    stuck = {type(layer).__name__ for layer in layers if not hasattr(layer, "batch_select_indices")}
+    if stuck:
+        raise ValueError(
+            f"{type(model).__name__} keeps {', '.join(sorted(stuck))}, from which finished rows "
+            "cannot be taken out; take a model with attention in every layer"
         )
 
 

@@ -11,11 +11,12 @@ from azeotrope import models, packaged
 from azeotrope.config import ConfigError
 from azeotrope.defenses.base import Defense
 from azeotrope.heads.folding import check_foldable
-from azeotrope.heads.surrogate import check_vocabulary, first_block
+from azeotrope.heads.surrogate import check_tail, check_vocabulary, first_block
 from azeotrope.logits.vocabulary import share, token_rows
 from azeotrope.pocket import smollm2
 from azeotrope.tasks import build as build_task
 from azeotrope.traces import ground_truth
+from experiment.model_checks import check_model
 from experiment.plan import all_attacks, begun_ranges, head_truth, problem_ranges
 from experiment.settings import DefenseChoice, ExperimentConfig
 
@@ -47,8 +48,9 @@ def preflight(
     for name in suspects:
         is_local_model(name)
     local_models = {name for name in config.models if is_local_model(name)}
-    for name in local_models:
+    for name in sorted(local_models):
         _context(name, config.max_length)
+        check_model(name, _skeleton(name))
     if local_models.issuperset((config.teacher, *config.proxies)):
         _proxies(config)
         _defenses(config)
@@ -141,7 +143,9 @@ def _defense(config: ExperimentConfig, choice: DefenseChoice, defense: Defense) 
     teacher = models.load_tokenizer(config.teacher)
     for name in config.proxies:
         check_vocabulary(models.load_tokenizer(name), teacher, name)
-        first_block(_skeleton(name), defense.layer)
+        skeleton = _skeleton(name)
+        check_tail(skeleton)
+        first_block(skeleton, defense.layer)
 
 
 def _skeleton(name: str) -> PreTrainedModel:

@@ -39,6 +39,7 @@ from azeotrope.logits import divergences
 from azeotrope.logits.alignment import same_vocabulary
 from azeotrope.logits.chunks import head_logits, token_chunks
 from azeotrope.logits.observation import View
+from azeotrope.logits.served import logit_cap
 from azeotrope.mixture import Mixture
 from azeotrope.models import Loaded
 from azeotrope.problems import Task
@@ -164,10 +165,11 @@ class MiniLlm(LogitAttack):
         batch = collate(written, pad_id=0).to(student.device)
         head = student.model.get_output_embeddings()
         weight, bias = head.weight, head.bias  # type: ignore[union-attr]
+        cap = logit_cap(student.model)
         temperature = self.config.temperature
 
         def log_probs(ours: Tensor, theirs: Tensor) -> tuple[Tensor, Tensor]:
-            logits = head_logits(ours, weight, bias)[:, : teacher.rows]  # type: ignore[arg-type]
+            logits = head_logits(ours, weight, bias, cap=cap)[:, : teacher.rows]  # type: ignore[arg-type]
             return tuple(  # type: ignore[return-value]
                 (x / temperature).log_softmax(-1) for x in (logits, teacher.logits(theirs))
             )

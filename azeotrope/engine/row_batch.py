@@ -79,7 +79,8 @@ class RowBatch:
             parts.append(self._advance())
         fresh = DynamicCache()
         if joining:
-            prompts = PaddedRows(self._model, [row.prompt for row in joining], self._pad)
+            starts = [row.prompt for row in joining]
+            prompts = PaddedRows(self._model, starts, self._pad, keeps_all=True)
             fresh = prompts.cache
             parts.append(next_logits(self._model, prompts.inputs()))
         if parts:

@@ -12,14 +12,19 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from azeotrope.logits.chunks import LOGITS_BUDGET, head_logits, token_chunks
+from azeotrope.logits.served import logit_cap, scaled
 from azeotrope.tokens import Batch
 from azeotrope.training import TokenSum
 
 
 def hidden_states(model: PreTrainedModel, batch: Batch) -> Float[Tensor, "tokens hidden"]:
-    """Last hidden states of the positions that predict a completion token, row by row."""
+    """Last hidden states of the positions that predict a completion token, row by row.
+
+    They are multiplied by the model's logit scale, so that its head alone gives its logits.
+    """
     trunk = model.base_model
-    return trunk(input_ids=batch.input_ids, use_cache=False).last_hidden_state[batch.mask]
+    states = trunk(input_ids=batch.input_ids, use_cache=False).last_hidden_state[batch.mask]
+    return scaled(model, states)
 
 
 def cross_entropy(
@@ -28,6 +33,7 @@ def cross_entropy(
     targets: Int[Tensor, " tokens"],
     bias: Float[Tensor, " vocab"] | None = None,
     *,
+    cap: float | None = None,
     budget: int = LOGITS_BUDGET,
 ) -> TokenSum:
     """Negative log-likelihood in nats, summed over tokens: -sum_t log softmax(W h_t)[y_t].
@@ -37,7 +43,7 @@ def cross_entropy(
     """
 
     def part(rows: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(head_logits(rows, weight, bias), labels, reduction="sum")
+        return F.cross_entropy(head_logits(rows, weight, bias, cap=cap), labels, reduction="sum")
 
     slices = list(token_chunks(len(targets), len(weight), budget))
     if len(slices) == 1:
@@ -50,7 +56,8 @@ def cross_entropy(
 
 
 def sequence_loss(model: PreTrainedModel, batch: Batch) -> TokenSum:
-    """Cross-entropy of a whole model on the completion tokens of a batch."""
+    """Cross-entropy of a whole model, as it serves, on the completion tokens of a batch."""
     hidden = hidden_states(model, batch)
     head = model.get_output_embeddings()
-    return cross_entropy(hidden, head.weight, batch.targets[batch.mask], head.bias)  # type: ignore[union-attr, arg-type]
+    targets, cap = batch.targets[batch.mask], logit_cap(model)
+    return cross_entropy(hidden, head.weight, targets, head.bias, cap=cap)  # type: ignore[union-attr, arg-type]

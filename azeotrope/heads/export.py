@@ -8,6 +8,7 @@ import torch
 from azeotrope import models
 from azeotrope.heads.head import Head, ProxyHead
 from azeotrope.logits.chunks import head_logits
+from azeotrope.logits.served import check_uncapped, scaled
 from azeotrope.logits.vocabulary import share
 from azeotrope.models import Loaded
 
@@ -31,8 +32,9 @@ def proxy_head_from(proxy: Loaded, teacher: Loaded, name: str) -> ProxyHead:
         name: of the proxy, for the error.
 
     Raises:
-        ValueError: if the proxy knows less than half of the teacher's tokens.
+        ValueError: if the proxy knows less than half of the teacher's tokens, or caps its logits.
     """
+    check_uncapped(proxy.model, "proxy")
     layer = models.head_of(proxy.model)
     shared = share(teacher.tokenizer, proxy.tokenizer, proxy_name=name)
     return ProxyHead(layer.weight, layer.bias, shared)
@@ -113,7 +115,8 @@ def _check_trunk(before: dict[str, torch.Tensor], reloaded: Loaded, folder: Path
 def _difference(loaded: Loaded, reloaded: Loaded, head: Head, ids: list[int]) -> float:
     """The largest difference of logits on one prompt."""
     tokens = torch.tensor([ids], device=loaded.device)
-    hidden = loaded.model.base_model(input_ids=tokens, use_cache=False).last_hidden_state[0]
+    states = loaded.model.base_model(input_ids=tokens, use_cache=False).last_hidden_state[0]
+    hidden = scaled(loaded.model, states)
     expected = head_logits(hidden.float(), head.weight, head.bias)
     actual = reloaded.model(input_ids=tokens, use_cache=False).logits[0].float()
     return float((expected - actual).abs().max())

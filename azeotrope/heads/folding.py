@@ -6,13 +6,11 @@ so W' = W + B (A W) and b' = b + B (A b) give z' for every h, and any engine can
 """
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
-_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
-"""Names that model families give to the cap on their final logits."""
+from azeotrope.logits.served import CAPS, check_served
 
 
 def fold(
@@ -46,11 +44,11 @@ def check_foldable(model: PreTrainedModel) -> None:
     A model without weights (on the meta device) is judged by its shapes and its configuration.
 
     Raises:
-        ValueError: if the model caps its final logits, has no head or a quantised one, or scales
-            the head's output.
+        ValueError: if the model caps its final logits, has no head or a quantised one, or changes
+            its logits in a way that is not known here.
     """
     config = model.config.get_text_config()
-    for name in _CAPS:
+    for name in CAPS:
         if cap := getattr(config, name, None):
             raise ValueError(
                 f"{type(model).__name__} squashes its final logits (cap * tanh(z / cap), cap "
@@ -69,23 +67,5 @@ def check_foldable(model: PreTrainedModel) -> None:
             f"the output head of {type(model).__name__} is quantised "
             f"({type(head).__name__}); fold into the unquantised checkpoint, then quantise that"
         )
-    if model.device.type != "meta" and not _is_linear(model, weight, head.bias):  # type: ignore[arg-type]
-        raise ValueError(
-            f"{type(model).__name__} serves other logits than its head gives: it scales them "
-            "afterwards, so a head would be trained for logits that are never served; fold the "
-            "scale into the head's weights first"
-        )
-
-
-@torch.inference_mode()
-def _is_linear(model: PreTrainedModel, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether the model's logits are the head's product with the last hidden states.
-
-    Eight tokens decide. A relative difference of 5 % leaves room for low precision; scales that
-    models apply are far from 1.
-    """
-    ids = torch.arange(min(len(weight), 8), device=model.device).unsqueeze(0)
-    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-    expected = F.linear(hidden, weight, bias).float()
-    actual = model(input_ids=ids, use_cache=False).logits.float()
-    return bool((actual - expected).norm() <= 0.05 * expected.norm())
+    if model.device.type != "meta":
+        check_served(model)

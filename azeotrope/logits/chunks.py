@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from azeotrope.logits.served import capped
+
 LOGITS_BUDGET = 1 << 25
 """Greatest number of logits that exist at once: 128 MB in float32."""
 
@@ -27,10 +29,12 @@ def head_logits(
     hidden: Float[Tensor, "tokens hidden"],
     weight: Float[Tensor, "vocab hidden"],
     bias: Float[Tensor, " vocab"] | None = None,
+    *,
+    cap: float | None = None,
 ) -> Float[Tensor, "tokens vocab"]:
-    """Float32 logits of one chunk.
+    """Float32 logits of one chunk, capped if the model caps them (`logits.served`).
 
     The product is taken in the dtype of the arguments, and only its result is converted: this is
     what the model computes when it serves.
     """
-    return F.linear(hidden, weight, bias).float()
+    return capped(F.linear(hidden, weight, bias).float(), cap)

@@ -18,7 +18,7 @@ DRAWS = 2000
 SHARED = 0.5
 """Correlation of two seeds' verdicts on one problem. Pairs of pocket students of one kind, which
 differ by training data or seed, have .26 (middle half .19 to .31, 134 pairs). The value is above
-them, so that intervals are rather wide. At 1, seeds would not average out any luck with problems."""
+them, so that intervals are rather wide. At 1, seeds would not average out luck with problems."""
 
 Array = NDArray[np.float64]
 Bound = Literal["exact", "at_least", "at_most", "undefined"]

@@ -13,6 +13,7 @@ half and the four divergences against which CMI was tested are those of arXiv:26
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -31,6 +32,7 @@ from azeotrope.logits.chunks import LOGITS_BUDGET, head_logits, token_chunks
 from azeotrope.logits.divergences import Divergence
 from azeotrope.logits.inversion import Inversion, fit_inversion
 from azeotrope.logits.observation import Events, View, as_events, merged, observe, temper
+from azeotrope.logits.served import logit_cap
 from azeotrope.models import Loaded
 from azeotrope.problems import Task
 from azeotrope.tokens import Boundary, collate
@@ -62,6 +64,23 @@ class LogitConfig(AttackConfig):
         description="clean and defended logits of the same positions that the attacker holds, "
         "with which a linear map is undone",
     )
+
+
+@dataclass(frozen=True)
+class StudentHead:
+    """The student's output head as its model applies it."""
+
+    weight: Float[Tensor, "vocab hidden"]
+    bias: Float[Tensor, " vocab"] | None
+    cap: float | None
+
+    def logits(self, states: Float[Tensor, "tokens hidden"]) -> Float[Tensor, "tokens vocab"]:
+        return head_logits(states, self.weight, self.bias, cap=self.cap)
+
+    def detached(self) -> "StudentHead":
+        """The same head without a gradient."""
+        bias = None if self.bias is None else self.bias.detach()
+        return StudentHead(self.weight.detach(), bias, self.cap)
 
 
 class LogitAttack(Attack):
@@ -146,9 +165,10 @@ class LogitAttack(Attack):
         head = student.model.get_output_embeddings()
         rows, positions = join_lessons(lessons, student.device)
         weight, bias = head.weight, head.bias  # type: ignore[union-attr]
+        own = StudentHead(weight, bias, logit_cap(student.model))  # type: ignore[arg-type]
 
         def part(states: Tensor, labels: Tensor, rows: Tensor) -> Tensor:
-            return self._sums(states, weight, bias, labels, rows, positions)  # type: ignore[arg-type]
+            return self._sums(states, own, labels, rows, positions)
 
         targets = batch.targets[batch.mask]
         sums = sum_by_chunks(part, (hidden, targets, rows), self._widest(weight), self.budget)
@@ -165,14 +185,13 @@ class LogitAttack(Attack):
     def _sums(
         self,
         states: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
+        head: StudentHead,
         labels: Tensor,
         rows: Tensor,
         positions: ComparedPositions,
     ) -> Tensor:
         """Summed cross-entropy of some tokens, and each divergence's weighted sum."""
-        logits = head_logits(states, weight, bias)
+        logits = head.logits(states)
         sft = F.cross_entropy(logits, labels, reduction="sum")
         kd = [sft.new_zeros(()) for _ in self.divergences()]
         compared = (rows >= 0).nonzero()[:, 0] if self.config.kd_weight else rows[:0]
@@ -180,7 +199,7 @@ class LogitAttack(Attack):
             at = compared[chosen]
             share = positions.share[rows[at]]
             if self.config.agreement:
-                share = share * self._agrees(states[at].detach(), weight, bias, labels[at], events)
+                share = share * self._agrees(states[at].detach(), head, labels[at], events)
             for number, value in enumerate(self._compare(logits[at], events)):
                 kd[number] = kd[number] + (value * share).sum()
         return torch.stack([sft, *kd])
@@ -217,7 +236,7 @@ class LogitAttack(Attack):
         return [divergence(log_p, log_q) for divergence in self.divergences()]
 
     def _agrees(
-        self, states: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, events: Events
+        self, states: Tensor, head: StudentHead, labels: Tensor, events: Events
     ) -> Float[Tensor, " positions"]:
         """1 where descending the divergence also descends cross-entropy, and 0 elsewhere.
 
@@ -225,8 +244,7 @@ class LogitAttack(Attack):
         """
         with torch.enable_grad():
             states = states.requires_grad_(True)
-            fixed = weight.detach(), None if bias is None else bias.detach()
-            logits = head_logits(states, *fixed)
+            logits = head.detached().logits(states)
             sft = F.cross_entropy(logits, labels, reduction="sum")
             kd = torch.stack(self._compare(logits, events)).sum()
             # A token's terms depend on its own state alone, so gradients of sums are per token.

@@ -12,6 +12,8 @@ from transformers import (
     GPT2LMHeadModel,
     GraniteConfig,
     GraniteForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
     PreTrainedModel,
 )
 
@@ -52,6 +54,7 @@ def gemma() -> Loaded:
         sliding_window=4,
         max_position_embeddings=64,
         initializer_range=0.4,
+        final_logit_softcapping=None,
         pad_token_id=0,
         eos_token_id=1,
         bos_token_id=2,
@@ -291,6 +294,30 @@ def test_a_tail_that_is_not_the_model_is_refused() -> None:
         embedding_multiplier=12.0,
     )
     loaded = Loaded(GraniteForCausalLM(config).eval(), load_tokenizer("pocket/teacher"))
-    message = "blocks of GraniteForCausalLM from 2 on give other states than in the whole model"
+    message = "GraniteForCausalLM multiplies whatever enters its trunk"
     with pytest.raises(ValueError, match=message):
         Surrogate(loaded, "last", 40)
+
+
+def test_a_multiplier_that_is_not_known_is_found_by_its_effect() -> None:
+    """Even a factor of 1.002, whose states are within half a percent, is no rounding."""
+
+    class Scaled(LlamaForCausalLM):
+        pass
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=32, num_hidden_layers=3,
+        num_attention_heads=2, num_key_value_heads=1, initializer_range=0.5,
+    )  # fmt: skip
+    model = Scaled(config).eval()
+
+    def scale(_: object, arguments: tuple, named: dict) -> tuple[tuple, dict]:
+        if "inputs_embeds" in named and named["inputs_embeds"] is not None:
+            named["inputs_embeds"] = 1.002 * named["inputs_embeds"]
+        return arguments, named
+
+    model.model.register_forward_pre_hook(scale, with_kwargs=True)
+    loaded = Loaded(model, load_tokenizer("pocket/teacher"))
+    with pytest.raises(ValueError, match="give other states than in the whole model"):
+        Surrogate(loaded, "penultimate", 40)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from transformers import Gemma2Config, LlamaConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, PreTrainedTokenizerFast
 
 from azeotrope import models
 from experiment import settings
@@ -29,9 +29,13 @@ def test_a_proxy_that_shares_no_words_is_refused_before_it_is_loaded(
     folder = tmp_path / "stranger"
     words = WordLevel({f"w{i}": i for i in range(30)}, unk_token="w0")
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words), eos_token="w1")
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"
     tokenizer.save_pretrained(folder)
-    # Only a tokenizer and a config: there are no weights that could be loaded.
-    LlamaConfig(vocab_size=30, max_position_embeddings=256).save_pretrained(folder)
+    config = LlamaConfig(
+        vocab_size=30, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=256,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     message = refused(f"proxies=[pocket/proxy-a, {folder}]")
     assert message.startswith(f"proxies: {folder} shares ")
     assert "of the teacher's 129 tokens; a proxy must know at least 50%" in message
@@ -143,14 +147,15 @@ def test_a_surrogate_of_another_vocabulary_is_refused(refused, tmp_path: Path) -
 def test_a_teacher_that_caps_its_logits_is_refused_before_it_writes(
     refused, tmp_path: Path
 ) -> None:
-    # It knows the proxies' tokens; there are no weights that could be loaded.
+    # It knows the proxies' tokens.
     place = tmp_path / "capped"
     models.load_tokenizer("pocket/teacher").save_pretrained(place)
-    Gemma2Config(
+    config = Gemma2Config(
         vocab_size=129, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
         num_attention_heads=2, num_key_value_heads=1, head_dim=8, max_position_embeddings=256,
         final_logit_softcapping=30.0,
-    ).save_pretrained(place)  # fmt: skip
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(place)
     for yaml in (CMI, "name: trial\ndefenses: [{parts: [{name: doge}]}]\n"):
         message = refused(f"teacher={place}", "defenses.0.parts.0.strength=0.1", yaml=yaml)
         assert message.startswith("teacher: Gemma2ForCausalLM squashes its final logits")
