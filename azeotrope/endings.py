@@ -79,7 +79,7 @@ def end_pairs(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase
 
 def _known_ends(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     own = (tokenizer.eos_token_id, end_of_turn(tokenizer), *getattr(tokenizer, _DECLARED, ()))
-    return frozenset(int(id) for id in own if id is not None)
+    return frozenset(int(id) for id in own if id is not None)  # type: ignore[arg-type]
 
 
 @lru_cache(maxsize=64)

@@ -15,7 +15,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from azeotrope.decoding import DecodingHooks, DecodingRow
-from azeotrope.logits.served import scaled
 from azeotrope.row_cache import PaddedRows
 
 
@@ -96,4 +95,4 @@ class Mixture(DecodingHooks):
             self._batch.append([row.written[-1] for row in self._rows])
         self._has_read = True
         states = self.partner.base_model(**self._batch.inputs())
-        return self.head(scaled(self.partner, states.last_hidden_state[:, -1]))
+        return self.head(states.last_hidden_state[:, -1])

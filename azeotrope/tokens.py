@@ -221,7 +221,8 @@ def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
 @lru_cache(maxsize=64)
 def _special_tags(tokenizer: PreTrainedTokenizerBase, _size: int) -> frozenset[int]:
     """Ids of special tokens that open and close something, apart from those with a role."""
-    roles = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token}
+    names = ("bos_token", "eos_token", "pad_token", "unk_token")
+    roles = {str(getattr(tokenizer, name)) for name in names}
     special = {
         token.content: id
         for id, token in tokenizer.added_tokens_decoder.items()

@@ -3,13 +3,15 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from openai.types.completion_usage import CompletionUsage
 from transformers import PreTrainedTokenizerBase
 
 from azeotrope.defenses.base import Defense
 from azeotrope.engine.protocol import Engine
 from azeotrope.tokens import Boundary
 from gateway.accounts.key_records import KeyRecord
-from gateway.http.responses import AnswerFormat
+from gateway.coarse import coarse_length
+from gateway.http.responses import AnswerFormat, usage
 from gateway.plan import Plan
 from gateway.policy import Tier
 
@@ -47,3 +49,13 @@ class Admitted:
     headers: Mapping[str, str]
     deadline: float
     """When the answer must be complete, on the clock of the event loop (seconds)."""
+
+    def shown_usage(self, tokens: int) -> CompletionUsage:
+        """The tokens of the answer as the client sees them; bills have the exact number.
+
+        Where the reasoning is hidden, the number is rounded up.
+        """
+        shown = tokens
+        if self.tier.reasoning != "shown":
+            shown = coarse_length(tokens, self.plan.usage_shift)
+        return usage(self.plan.prompt_tokens, shown)

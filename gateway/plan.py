@@ -7,8 +7,10 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
+from azeotrope.endings import end_ids
 from azeotrope.engine.protocol import EngineRequest
 from azeotrope.tokens import encode_prompt
+from gateway.coarse import coarse_limit, coarse_top_p, length_shift
 from gateway.http.requests import (
     BAN,
     MOST_BANS,
@@ -34,6 +36,8 @@ class Plan:
     """Tokens of all prompts. Each prompt counts once, whatever its number of completions."""
     completion_tokens: int
     """The largest number of tokens of all completions together."""
+    usage_shift: int = 0
+    """Where the cells of hidden lengths begin for these prompts, in tokens."""
 
 
 @dataclass(frozen=True)
@@ -67,23 +71,28 @@ def plan(
         ApiError: 400, with the requested value and what the tier allows.
     """
     logprobs = _logprobs(request, tier)
-    banned = _banned(request, tier, model.vocabulary)
+    banned = _banned(request, tier, model)
     temperature = _temperature(request, tier)
-    top_p = _within("top_p", request.top_p, tier.top_p)
     n, longest = _completions(request, tier), _longest(request, tier)
     prompts = _prompts(request, model.tokenizer)
     if n * len(prompts) > MOST_COMPLETIONS:
         raise invalid(
             "n", f"{len(prompts)} prompts of {n} completions are more than {MOST_COMPLETIONS}"
         )
+    shift = 0
+    if tier.reasoning != "shown":
+        shift = length_shift(prompts, seed_key)
+        longest = coarse_limit(longest, shift)
+    knobs = f"{temperature!r} {request.top_p!r} {banned} {n} {longest} {logprobs} {tier.strength}"
+
     requests = [
         EngineRequest(
             id=f"{identity}-{row * n + number}",
             prompt=ids,
             max_tokens=min(longest, room),
             temperature=temperature,
-            top_p=top_p,
-            seed=_seed(request.seed, row * n + number, seed_key),
+            top_p=_nucleus(request, tier, ids, seed_key),
+            seed=_seed(request.seed, f"{row * n + number} {knobs} {ids}", seed_key),
             logprobs=logprobs,
             banned=banned,
             strength=tier.strength,
@@ -97,6 +106,7 @@ def plan(
         tuple(requests),
         sum(map(len, prompts)),
         sum(completion.max_tokens for completion in requests),
+        shift,
     )
 
 
@@ -133,7 +143,8 @@ def _logprobs(request: ApiRequest, tier: Tier) -> int | None:
     return requested
 
 
-def _banned(request: ApiRequest, tier: Tier, vocabulary: int) -> tuple[int, ...]:
+def _banned(request: ApiRequest, tier: Tier, model: ModelLimits) -> tuple[int, ...]:
+    vocabulary = model.vocabulary
     bias = request.logit_bias
     if not bias:
         return ()
@@ -150,7 +161,17 @@ def _banned(request: ApiRequest, tier: Tier, vocabulary: int) -> tuple[int, ...]
         fits = name.isascii() and name.isdigit() and len(name) <= 12 and int(name) < vocabulary
         if not fits:
             raise invalid("logit_bias", f"{name[:40]!r} is no token id below {vocabulary}")
-    return tuple(sorted({int(name) for name in bias}))
+    banned = {int(name) for name in bias}
+    ends = banned & end_ids(model.tokenizer)
+    if ends and tier.reasoning != "shown":
+        # Without an end, the length of what is hidden could be read off what is shown.
+        raise invalid(
+            "logit_bias",
+            f"token {min(ends)} ends a completion; this key, whose reasoning is hidden, may not "
+            "forbid it",
+            "logit_bias_not_allowed",
+        )
+    return tuple(sorted(banned))
 
 
 def _temperature(request: ApiRequest, tier: Tier) -> float:
@@ -158,6 +179,12 @@ def _temperature(request: ApiRequest, tier: Tier) -> float:
     # Dividing logits by less may overflow float32. The likeliest token has all the mass well above
     # this value, so the result is greedy decoding either way.
     return temperature if temperature >= LEAST_TEMPERATURE else 0.0
+
+
+def _nucleus(request: ApiRequest, tier: Tier, prompt: Sequence[int], key: bytes) -> float:
+    """The nucleus of one prompt: coarse if the client chose it."""
+    top_p = _within("top_p", request.top_p, tier.top_p)
+    return top_p if request.top_p is None else coarse_top_p(top_p, prompt, key, tier.top_p)
 
 
 def _within(name: str, value: float | None, bounds: tuple[float, float]) -> float:
@@ -199,14 +226,15 @@ def _room(ids: Sequence[int], context: int) -> int:
     return room
 
 
-def _seed(seed: int | None, number: int, key: bytes) -> int:
-    """A seed for each completion: the same for the same request, different within one request.
+def _seed(seed: int | None, purpose: str, key: bytes) -> int:
+    """A seed for each completion: the same for the same request, different for any other.
 
     The draws of a seed are public arithmetic. A client that could choose the seed itself would know
     each draw in advance. It could then measure the distribution by bisection over seeds, as exactly
-    as it likes, from the tokens alone. So the seed is a keyed hash of the client's number.
+    as it likes, from the tokens alone. So the seed is a keyed hash of the client's number and of
+    everything else in the request: two requests that differ in one setting share no draw.
     """
     if seed is None:
         return secrets.randbits(63)
-    mixed = hmac.digest(key, f"{seed}:{number}".encode(), "sha256")
+    mixed = hmac.digest(key, f"{seed}:{purpose}".encode(), "sha256")
     return int.from_bytes(mixed[:8], "big") >> 1

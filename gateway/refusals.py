@@ -64,12 +64,24 @@ def over_quota(refusal: Refusal) -> ApiError:
     )
 
 
-def rate_headers(standing: Standing) -> dict[str, str]:
-    return {
+def rate_headers(standing: Standing, *, shows_tokens: bool = True) -> dict[str, str]:
+    """What is left of a key's quotas.
+
+    Args:
+        shows_tokens: False where the reasoning is hidden, whose length the difference of two
+            answers would tell.
+    """
+    headers = {
         "x-ratelimit-limit-requests": str(standing.limit_requests),
         "x-ratelimit-remaining-requests": str(standing.remaining_requests),
         "x-ratelimit-reset-requests": f"{standing.reset_requests_s:.1f}s",
         "x-ratelimit-limit-tokens": str(standing.limit_tokens),
         "x-ratelimit-remaining-tokens": str(standing.remaining_tokens),
         "x-ratelimit-reset-tokens": f"{standing.reset_tokens_s:.1f}s",
+    }
+    hidden = () if shows_tokens else ("remaining-tokens", "reset-tokens")
+    return {
+        name: value
+        for name, value in headers.items()
+        if name.removeprefix("x-ratelimit-") not in hidden
     }

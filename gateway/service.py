@@ -233,7 +233,10 @@ class Gateway:
             stream=bool(request.stream),
             wants_usage=request.wants_usage,
             stops=request.stops,
-            headers={"x-request-id": planned.identity, **rate_headers(outcome)},
+            headers={
+                "x-request-id": planned.identity,
+                **rate_headers(outcome, shows_tokens=tier.reasoning == "shown"),
+            },
             deadline=asyncio.get_running_loop().time() + self.policy.timeout_s,
         )
 

@@ -39,7 +39,7 @@ from azeotrope.logits import divergences
 from azeotrope.logits.alignment import same_vocabulary
 from azeotrope.logits.chunks import head_logits, token_chunks
 from azeotrope.logits.observation import View
-from azeotrope.logits.served import logit_cap
+from azeotrope.logits.served import logit_cap, scaled
 from azeotrope.mixture import Mixture
 from azeotrope.models import Loaded
 from azeotrope.problems import Task
@@ -125,14 +125,16 @@ class MiniLlm(LogitAttack):
 
     def write(self, student: Loaded, examples: Sequence[Example]) -> list[Example]:
         """Answers drawn from the mixture of student and teacher, one for each prompt."""
-        assert self.teacher is not None
-        assert self.teacher.model is not None
+        teacher = self.teacher
+        assert teacher is not None
+        assert teacher.model is not None
+        partner = teacher.model
         tokenizer, model = student.tokenizer, student.model
         prompts = [example.prompt for example in examples]
         pad = int(tokenizer.pad_token_id)  # type: ignore[arg-type]
         policy = Mixture(
-            self.teacher.model,
-            self.teacher.logits,
+            partner,
+            lambda states: teacher.logits(scaled(partner, states)),
             share=self.config.mix,
             temperature=self.config.temperature,
             pad_id=pad,

@@ -29,6 +29,7 @@ from pydantic import Field
 from scipy.stats import binom
 from torch import Tensor
 
+from azeotrope.decoding import DecodingRow
 from azeotrope.defenses.base import Defense, DefenseConfig, Detection, Suspect, TokenizedTexts
 
 PUBLIC_KEY = "public"
@@ -79,11 +80,11 @@ class GreenCount(Detection):
 
 
 class Watermark(Defense):
-    """Raises the logits of green tokens, from a row's token number `context` on.
+    """Raises the logits of green tokens behind a complete context.
 
-    Earlier tokens have an incomplete context. A detector that sees a part of a text could not
-    reconstruct it. The prompt is no part of the context for the same reason: a detector seldom has
-    it.
+    The prompt's last tokens belong to the context. A client who fetches a text a few tokens at a
+    time, each time with what it has as the prompt, gets the same mark as one who fetches it whole.
+    A detector seldom has the prompt, so it does not count the first `context` tokens of a text.
     """
 
     stage = "decoding"
@@ -93,6 +94,14 @@ class Watermark(Defense):
     def uses_public_key(self) -> bool:
         """Whether everyone can detect, remove and forge the mark; a server refuses to start."""
         return self.config.key == PUBLIC_KEY
+
+    def adjust_rows(
+        self, logits: Float[Tensor, "rows vocab"], rows: Sequence[DecodingRow]
+    ) -> Float[Tensor, "rows vocab"]:
+        """Raise green tokens after the last tokens of prompt and completion together."""
+        size = self.config.context
+        tails = [[*row.prompt[-size:], *row.written[-size:]] for row in rows]
+        return self.adjust_logits(logits, tails)
 
     def adjust_logits(
         self, logits: Float[Tensor, "rows vocab"], prefixes: list[list[int]]

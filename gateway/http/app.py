@@ -15,7 +15,6 @@ from gateway.admitted import Admitted
 from gateway.answers.pieces import AnswerPiece, join
 from gateway.errors import ApiError
 from gateway.http.requests import ApiRequest, ChatRequest, CompletionRequest
-from gateway.http.responses import usage
 from gateway.http.schema import describe, describe_operation
 from gateway.http.transport import (
     EVENT_STREAM,
@@ -147,7 +146,7 @@ async def _whole(
         parts[number].append(piece)
     answers = [join(part) for part in parts]
     tokens = sum(answer.engine_tokens for answer in answers)
-    cost = usage(admitted.plan.prompt_tokens, tokens)
+    cost = admitted.shown_usage(tokens)
     return JSONResponse(admitted.format.whole(answers, cost), headers=dict(admitted.headers))
 
 
@@ -181,7 +180,7 @@ async def _events(
         yield event(error_body(error))
         return
     if admitted.wants_usage:
-        yield event(admitted.format.totals(usage(admitted.plan.prompt_tokens, tokens)))
+        yield event(admitted.format.totals(admitted.shown_usage(tokens)))
     yield LAST_EVENT
 
 

@@ -13,7 +13,7 @@ from engine_answers import (
     reference_answers,
     request_for,
 )
-from transformers import MistralConfig, MistralForCausalLM
+from transformers import MambaConfig, MambaForCausalLM
 
 from azeotrope import models, tasks
 from azeotrope.engine.protocol import EngineRequest
@@ -146,18 +146,10 @@ def test_requests_that_do_not_fit_are_refused_before_the_queue(teacher, change, 
 
 
 def test_what_the_engine_cannot_serve_is_refused_when_it_is_made(teacher) -> None:
-    config = MistralConfig(
-        vocab_size=17,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        sliding_window=8,
-    )
-    sliding = models.Loaded(MistralForCausalLM(config), teacher.tokenizer)
-    with pytest.raises(ValueError, match="MistralForCausalLM keeps DynamicSlidingWindowLayer"):
-        TransformersEngine(sliding)
+    config = MambaConfig(vocab_size=17, hidden_size=16, state_size=4, num_hidden_layers=1)
+    stateful = models.Loaded(MambaForCausalLM(config), teacher.tokenizer)
+    with pytest.raises(ValueError, match="MambaForCausalLM keeps LinearAttentionLayer"):
+        TransformersEngine(stateful)
     with pytest.raises(ValueError, match="rows and queue must be at least 1, got rows=0"):
         TransformersEngine(teacher, rows=0)
     with pytest.raises(ValueError, match="'answers_only' is of stage 'text'"):
