@@ -92,6 +92,8 @@ def _connect(address: str | None, resources: Resources, variables: dict[str, str
     # Workers inherit this environment. With a runtime_env Ray would start each of them anew.
     os.environ.update(_LOCAL | variables)
     ray.init(
+        # Without an address Ray would join any instance that runs on this machine.
+        "local",
         num_cpus=int(resources.num_cpus) if resources.num_cpus else None,
         include_dashboard=False,
         log_to_driver=False,

@@ -11,6 +11,7 @@ from pydantic import Field
 
 from azeotrope import models
 from azeotrope.attacks import base as attacks
+from azeotrope.attacks.base import Attack, longest
 from azeotrope.attacks.cleanups import base as cleanups
 from azeotrope.attacks.cleanups.base import AttackerAssets, CleanedTraces, CleanupSpec
 from azeotrope.attacks.logits.attack import LogitAttack
@@ -24,7 +25,7 @@ from azeotrope.logits.served import check_served, check_uncapped
 from azeotrope.tasks import TaskConfig
 from azeotrope.tasks import build as build_task
 from azeotrope.tokens import Boundary
-from azeotrope.traces import read_traces, write_traces
+from azeotrope.traces import DroppedTraces, Trace, fitting, read_traces, write_traces
 from azeotrope.training import fit
 
 
@@ -93,11 +94,12 @@ def run(
     cleaned = _cleaned(job)
     if isinstance(attack, LogitAttack):
         attack.attach(_teacher_head(job, attack, student.device), student)
+    traces, dropped = _learned_traces(job, attack, cleaned.traces, student)
     config = attack.config.fit.model_copy(update={"seed": job.seed})
     student.model.train()
     result = fit(
         [parameter for parameter in student.model.parameters() if parameter.requires_grad],
-        attack.examples(student, cleaned.traces, task, job.boundary),
+        attack.examples(student, traces, task, job.boundary),
         lambda examples: attack.loss(student, examples),
         config,
         checkpoint=state,
@@ -107,15 +109,15 @@ def run(
     if rank != 0:
         return
     student.model.eval()
-    if job.lora is not None:
-        student = models.merge_lora(student)
+    student = models.merge_lora(student) if job.lora is not None else student
     problems = task.problems(job.exam_split, job.exam_problems)
     exam = collect(student, task, problems, job.exam, origin=Origin(model=job.name), shard=SHARD)
     write_traces(folder / "exam.parquet", exam)
     if job.save_weights:
         models.save(student, folder / "student")
     described = {
-        "kept": len(cleaned.traces),
+        "kept": len(traces),
+        "dropped": dropped._asdict(),
         "cost": asdict(cleaned.cost),
         "steps": result.steps,
         "tokens": result.tokens,
@@ -152,6 +154,32 @@ def _cleaned(job: StudentJob) -> CleanedTraces:
             "learn from"
         )
     return cleaned
+
+
+def _learned_traces(
+    job: StudentJob, attack: Attack, traces: list[Trace], student: models.Loaded
+) -> tuple[list[Trace], DroppedTraces]:
+    """The traces that fit the student, and how many do not.
+
+    Raises:
+        ValueError: if none is left.
+    """
+    limit = longest(attack.config, student)
+    kept, dropped = fitting(
+        traces,
+        student.tokenizer,
+        build_task(job.task),
+        job.boundary,
+        limit,
+        drops_long=attack.config.too_long == "drop",
+    )
+    if not kept:
+        raise ValueError(
+            f"none of {len(traces)} traces can be learned from: {dropped.empty} are empty and "
+            f"{dropped.too_long} are longer than {limit} tokens; raise attack.max_length, or look "
+            "at what defenses and clean-ups leave"
+        )
+    return kept, dropped
 
 
 def _teacher_head(job: StudentJob, attack: LogitAttack, device: torch.device) -> TeacherHead:

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -125,6 +126,39 @@ def example_of(
         finished=trace.finished,
         id=trace.id,
     )
+
+
+class DroppedTraces(NamedTuple):
+    """How many traces a student could not learn from."""
+
+    empty: int = 0
+    too_long: int = 0
+
+
+def fitting(
+    traces: Sequence[Trace],
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    boundary: Boundary,
+    longest: int,
+    *,
+    drops_long: bool = True,
+) -> tuple[list[Trace], DroppedTraces]:
+    """The traces that a student can learn from, and how many others there are.
+
+    A trace is empty if a defense or a clean-up left nothing of it, such as the answer of a
+    completion that was cut off in its reasoning.
+
+    Args:
+        longest: tokens of prompt and completion together.
+        drops_long: leave longer traces out; otherwise they are kept, and reading them fails.
+    """
+    full = [trace for trace in traces if trace.text.strip()]
+    kept = full
+    if drops_long:
+        read = [example_of(trace, tokenizer, task, boundary, 1 << 30) for trace in full]
+        kept = [t for t, example in zip(full, read, strict=True) if len(example) <= longest]
+    return kept, DroppedTraces(len(traces) - len(full), len(full) - len(kept))
 
 
 def write_traces(path: Path, traces: Iterable[Trace]) -> None:

@@ -1,7 +1,7 @@
 """The outcome of a run: rows of results, curves, examples, and the report made of them."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -148,13 +148,32 @@ def write_results(
             for label, items in heads
         ],
         PAIRED: [test.dump() for test in _paired_tests(config, clean, teachers)],
-        "notes": [*(note for label, items in heads for note in _notes(label, items)), *notes],
+        "notes": [
+            *(note for label, items in heads for note in _notes(label, items)),
+            *dropped_notes(students),
+            *notes,
+        ],
     }
     write_json(folder / "results.json", results_document(about, rows))
     write_json(folder / "curves.json", _curves(teachers, students))
     write_json(folder / "plots.json", [plot.dump() for plot in plots_of(rows, heads)])
     write_json(folder / "examples.json", _examples(clean, teachers))
     write_report(folder)
+
+
+def dropped_notes(students: Mapping[Cell, Stage]) -> list[str]:
+    """Which attackers could not use all of their traces, one sentence for each kind of them."""
+    worst: dict[str, tuple[int, int, int]] = {}
+    for cell, stage in students.items():
+        dropped = describe(stage, "student.json").get("dropped", {})
+        empty, too_long = dropped.get("empty", 0), dropped.get("too_long", 0)
+        if empty or too_long:
+            label = f"student {cell.student.name}, {cell.defense} {cell.attack}, {cell.cleanup}"
+            worst[label] = max(worst.get(label, (0, 0, 0)), (empty + too_long, empty, too_long))
+    return [
+        f"{label}: {total} traces could not be learned from ({empty} empty, {long} too long)."
+        for label, (total, empty, long) in worst.items()
+    ]
 
 
 def _paired_tests(

@@ -238,5 +238,12 @@ def _is_expected(error: Exception) -> bool:
     from azeotrope.config import ConfigError
 
     # Compared by name, because importing these classes loads Ray.
-    names = {"RayStartError", "TrainingError", "WorkerError", "ExportError"}
+    names = {
+        "RayStartError",
+        "TrainingError",
+        "WorkerError",
+        "ExportError",
+        "IncompleteStageError",
+        "UnsharedFolderError",
+    }
     return isinstance(error, ConfigError | OSError) or type(error).__name__ in names

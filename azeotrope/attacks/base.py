@@ -11,6 +11,7 @@ from pydantic import Field
 
 import azeotrope.attacks
 from azeotrope.config import Config
+from azeotrope.generation import context_of
 from azeotrope.models import Loaded
 from azeotrope.plugins import Plugins
 from azeotrope.problems import Task
@@ -29,8 +30,14 @@ class AttackConfig(Config):
 
     name: str
     fit: FitConfig = Field(default_factory=FitConfig)
-    max_length: int = Field(
-        default=256, ge=8, description="tokens of prompt and completion together"
+    max_length: int | None = Field(
+        default=None,
+        ge=8,
+        description="tokens of prompt and completion together, in the student's tokenizer; null "
+        "takes the student's context",
+    )
+    too_long: Literal["drop", "error"] = Field(
+        default="drop", description="what happens to longer traces; those dropped are counted"
     )
     variant: str = Field(
         default="none",
@@ -46,6 +53,12 @@ class AttackConfig(Config):
     def label(self) -> str:
         """The attack's name in messages and result tables."""
         return self.name
+
+
+def longest(config: AttackConfig, student: Loaded) -> int:
+    """The most tokens of a text that a student learns from."""
+    context = context_of(student.model)
+    return context if config.max_length is None else min(config.max_length, context)
 
 
 class Attack:

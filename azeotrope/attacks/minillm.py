@@ -30,6 +30,7 @@ from jaxtyping import Float
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from azeotrope.attacks.base import longest
 from azeotrope.attacks.logits.attack import LogitAttack, LogitConfig, sum_by_chunks
 from azeotrope.attacks.logits.teacher import TeacherHead
 from azeotrope.endings import end_ids
@@ -103,7 +104,7 @@ class MiniLlm(LogitAttack):
         """
         if self.teacher is None:
             raise ValueError("minillm learns from a teacher; attach one first")
-        length = self.config.max_length
+        length = longest(self.config, student)
         return [example_of(trace, student.tokenizer, task, boundary, length) for trace in traces]
 
     def loss(self, student: Loaded, examples: list[Any]) -> TokenSum:

@@ -9,7 +9,7 @@ Reference: Kim and Rush 2016, "Sequence-level knowledge distillation", arXiv:160
 from collections.abc import Sequence
 from typing import Literal
 
-from azeotrope.attacks.base import Attack, AttackConfig
+from azeotrope.attacks.base import Attack, AttackConfig, longest
 from azeotrope.heads.chunked import sequence_loss
 from azeotrope.models import Loaded
 from azeotrope.problems import Task
@@ -34,7 +34,7 @@ class TextSft(Attack):
             ValueError: if a trace is longer than the student's context.
         """
         return [
-            example_of(trace, student.tokenizer, task, boundary, self.config.max_length)
+            example_of(trace, student.tokenizer, task, boundary, longest(self.config, student))
             for trace in traces
         ]
 

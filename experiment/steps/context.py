@@ -5,6 +5,7 @@ from pathlib import Path
 
 from actors import session
 from actors.resources import Slots
+from actors.shared import check_shared
 from azeotrope import models
 from experiment.display import Display
 from experiment.settings import ExperimentConfig
@@ -27,6 +28,7 @@ class StepContext:
         self.display = display
         self._fingerprints: dict[str, str] = {}
         self._stopped = threading.Event()
+        self._knows_shared = False
 
     def with_config(self, config: ExperimentConfig) -> "StepContext":
         """The same surroundings for other settings; both stop together."""
@@ -48,11 +50,15 @@ class StepContext:
         Raises:
             StoppedError: if the run is ending.
             RayStartError: if Ray cannot start, or offers less than the settings ask for.
+            UnsharedFolderError: if a node does not see `cache` or `runs`.
         """
         if self._stopped.is_set():
             raise StoppedError("another stage failed")
         with self.display.starting_ray():
             session.start(self.config.resources, offline=self._needs_no_network)
+            if not self._knows_shared:
+                check_shared([self.cache.root, Path(self.config.runs)])
+                self._knows_shared = True
 
     def parallel_students(self) -> int:
         """How many students train side by side on this cluster."""

@@ -12,6 +12,7 @@ from azeotrope import models
 from azeotrope.config import ConfigError
 from azeotrope.traces import read_traces, write_traces
 from experiment.stages import Stage
+from experiment.steps.complete import check_complete
 from experiment.steps.context import StepContext
 
 
@@ -70,6 +71,9 @@ class FeatureSteps:
                 chain.append(pool.Link(ProxyActor, {**arguments, "index": index}))
             owners = "teacher and proxies" if proxies else "teacher"
             self._run(jobs, chain, f"features of {owners}")
+            places = ["teacher", *(f"proxy-{index}" for index in range(len(proxies)))]
+            expected = {folder / place / file.name: None for place in places for file in files}
+            check_complete(stage, expected)
 
         return context.cache.build(stage, make)
 
@@ -97,6 +101,8 @@ class FeatureSteps:
             }
             chain = [pool.Link(ScoreActor, arguments)]
             self._run(jobs, chain, "how likely the proxies find each trace")
+            files = [folder / "scores" / f"{file.stem}.json" for file in _trace_files(source)]
+            check_complete(stage, dict.fromkeys(files))
             scores: dict[str, float] = {}
             for file in sorted((folder / "scores").glob("*.json")):
                 scores.update(json.loads(file.read_text()))

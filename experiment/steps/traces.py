@@ -1,7 +1,7 @@
 """Traces: completions that a model writes, and the ground truth of problems."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from actors import pool
@@ -11,6 +11,7 @@ from azeotrope.tasks import build as build_task
 from azeotrope.traces import ground_truth, read_traces, write_traces
 from experiment.plan import ProblemRange, TraceRequest
 from experiment.stages import Stage
+from experiment.steps.complete import check_complete
 from experiment.steps.context import StepContext
 
 
@@ -26,30 +27,43 @@ class TraceSteps:
         Raises:
             WorkerError: if a worker met bad data or a full disk.
             ValueError: if a trace occurs twice in a stage.
+            IncompleteStageError: if a shard that was made is missing or too short.
         """
         context = self._context
         started = time.perf_counter()
         stages = [self.stage_of(request) for request in requests]
-        missing = {s.key: (r, s) for r, s in zip(requests, stages, strict=True) if not s.is_done}
-        jobs = [job for request, stage in missing.values() for job in self.jobs(request, stage)]
-        open_jobs = [job for job in jobs if not Path(job.output).is_file()]
-        if open_jobs:
-            labels = sorted({request.label for request, _ in missing.values()})
-            with context.display.task(f"generate: {', '.join(labels)}", len(open_jobs)) as advance:
-                context.start_ray()
-                texts = [job.model_dump_json() for job in open_jobs]
-                chain = [pool.Link(GenerationWorker)]
-                pool.run_jobs(texts, chain, context.config.resources, on_done=advance)
-        # Stages made in one pass share its time: their shards were made side by side.
-        seconds = time.perf_counter() - started
-        for _, stage in missing.values():
-            # Another process may have finished the stage; then there is nothing to claim.
-            with context.cache.claim([stage]) as unfinished:
-                for claimed in unfinished:
-                    # Reading refuses ids that occur twice, within a shard and over all of them.
-                    read_traces(claimed.partial)
-                    context.cache.finish(claimed, seconds)
+        by_key = {stage.key: request for request, stage in zip(requests, stages, strict=True)}
+        # Locked from here on, so that a second process waits instead of writing the same texts.
+        with context.cache.claim(list({stage.key: stage for stage in stages}.values())) as missing:
+            jobs = {stage.key: self.jobs(by_key[stage.key], stage) for stage in missing}
+            self._run([job for shards in jobs.values() for job in shards], by_key, missing)
+            # Stages made in one pass share its time: their shards were made side by side.
+            seconds = time.perf_counter() - started
+            for stage in missing:
+                shards = {Path(job.output): job.count for job in jobs[stage.key]}
+                check_complete(stage, shards)
+                # Reading refuses ids that occur twice, within a shard and over all of them.
+                read_traces(stage.partial)
+                context.cache.finish(stage, seconds)
         return stages
+
+    def _run(
+        self,
+        jobs: Sequence[GenerationJob],
+        requests: Mapping[str, TraceRequest],
+        stages: Sequence[Stage],
+    ) -> None:
+        """Make the shards that do not exist yet."""
+        open_jobs = [job for job in jobs if not Path(job.output).is_file()]
+        if not open_jobs:
+            return
+        context = self._context
+        labels = sorted({requests[stage.key].label for stage in stages})
+        with context.display.task(f"generate: {', '.join(labels)}", len(open_jobs)) as advance:
+            context.start_ray()
+            texts = [job.model_dump_json() for job in open_jobs]
+            chain = [pool.Link(GenerationWorker)]
+            pool.run_jobs(texts, chain, context.config.resources, on_done=advance)
 
     def stage_of(self, request: TraceRequest) -> Stage:
         """The stage that holds the requested traces once they are made."""

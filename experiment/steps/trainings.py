@@ -9,6 +9,7 @@ from typing import Any
 from actors import trainer
 from azeotrope.config import digest
 from experiment.stages import Stage
+from experiment.steps.complete import IncompleteStageError
 from experiment.steps.context import StepContext
 
 
@@ -32,6 +33,7 @@ def train(context: StepContext, kind: trainer.Kind, planned: Sequence[PlannedTra
     Raises:
         TrainingError: if a training is at fault, or workers failed too often.
         StoppedError: if the run is ending.
+        IncompleteStageError: if a training left no result.
     """
     cache = context.cache
     with cache.claim([training.stage for training in planned]) as missing:
@@ -61,3 +63,10 @@ def train(context: StepContext, kind: trainer.Kind, planned: Sequence[PlannedTra
                     described = json.loads((partial / trainer.FINISHED[kind]).read_text())
                     cache.finish(training.stage, described["seconds"])
             shutil.rmtree(storage, ignore_errors=True)
+        lost = [training for training in trainings if not training.stage.is_done]
+        if lost:
+            raise IncompleteStageError(
+                f"{len(lost)} of {len(trainings)} trainings ended without a result in "
+                f"{lost[0].stage.partial}, first: {lost[0].label}. Workers on several machines "
+                "must write to one disk: set `cache` to a folder that all of them share"
+            )

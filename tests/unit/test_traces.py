@@ -14,9 +14,10 @@ from azeotrope.defenses import answers_only
 from azeotrope.defenses.base import FinishedText, RewriteContext
 from azeotrope.generation import Sampling
 from azeotrope.tasks import PocketConfig, Problem
-from azeotrope.tokens import Boundary
+from azeotrope.tokens import Boundary, without_reasoning
 from azeotrope.traces import (
     Trace,
+    fitting,
     ground_truth,
     read_traces,
     row_seed,
@@ -183,3 +184,30 @@ def test_traces_are_the_same_however_the_problems_are_dealt(
     texts = [trace.text for trace in whole]
     for changed in (answers(problems, seed=1), answers(problems, sample=1)):
         assert ([trace.text for trace in changed] == texts) == (temperature == 0)
+
+
+def test_traces_that_cannot_be_learned_from_are_counted_and_left_out() -> None:
+    task = tasks.build(PocketConfig())
+    tokenizer = models.load_tokenizer("pocket/teacher")
+    truth = ground_truth(task, task.problems("train", 6))
+    cut = [truth[0].with_text("", False), truth[1].with_text("  \n", False)]
+    long = truth[2].with_text("so 2 . " * 60, False)
+    kept, dropped = fitting([*cut, long, *truth], tokenizer, task, Boundary(), 128)
+    assert kept == truth
+    assert dropped == (2, 1)
+    kept, dropped = fitting(
+        [*cut, long, *truth], tokenizer, task, Boundary(), 128, drops_long=False
+    )
+    assert kept == [long, *truth]
+    assert dropped == (2, 0)
+
+
+def test_a_completion_cut_in_its_reasoning_is_empty_without_it() -> None:
+    """One such completion must not end a run under answers_only."""
+    task = tasks.build(PocketConfig())
+    truth = ground_truth(task, task.problems("train", 2))
+    cut = replace(truth[0], text="<think> at first 2 . then", finished=False, correct=False)
+    shown = [cut.with_text(without_reasoning(cut.text, Boundary()), False), truth[1]]
+    kept, dropped = fitting(shown, models.load_tokenizer("pocket/teacher"), task, Boundary(), 128)
+    assert kept == [truth[1]]
+    assert dropped.empty == 1

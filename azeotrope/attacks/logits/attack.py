@@ -23,7 +23,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from azeotrope.attacks.base import Attack, AttackConfig
+from azeotrope.attacks.base import Attack, AttackConfig, longest
 from azeotrope.attacks.logits.lessons import ComparedPositions, join_lessons, make_lesson
 from azeotrope.attacks.logits.teacher import TeacherHead
 from azeotrope.heads.chunked import hidden_states
@@ -147,7 +147,7 @@ class LogitAttack(Attack):
         shows_all = self.config.view.top_k in (None, teacher.rows)
         return [
             make_lesson(
-                example_of(trace, student.tokenizer, task, boundary, self.config.max_length),
+                example_of(trace, student.tokenizer, task, boundary, longest(self.config, student)),
                 trace,
                 student.tokenizer,
                 teacher,
