@@ -77,7 +77,8 @@ class _RowMaker:
         banned = tuple(extra.get(BANNED, ()))
         if not defenses and not banned:
             return None
-        return DecodingRow(tuple(prompt), defenses, banned, written)
+        temperature = float(params.temperature)
+        return DecodingRow(tuple(prompt), defenses, banned, written, temperature)
 
 
 class V1Processor(v1.LogitsProcessor):

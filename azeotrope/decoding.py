@@ -63,6 +63,8 @@ class DecodingRow:
     written: list[int] = field(default_factory=list)
     """The completion so far, without the prompt; the same list from the first token to the last.
     It is complete whenever the row is adjusted; an engine may fill it in between."""
+    temperature: float = 1.0
+    """By which the sampler divides the logits after the hooks; 0 takes the most likely token."""
 
 
 class DecodingSession:

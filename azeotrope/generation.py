@@ -68,7 +68,10 @@ def generate(
     _check(model, prompts, sampling, seeds)
     if len(prompts) == 0:
         return []
-    rows = [DecodingRow(tuple(prompt), tuple(hooks)) for prompt in prompts]
+    rows = [
+        DecodingRow(tuple(prompt), tuple(hooks), temperature=sampling.temperature)
+        for prompt in prompts
+    ]
     session = DecodingSession()
     session.add(rows)
     try:

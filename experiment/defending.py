@@ -1,6 +1,9 @@
 """What teachers write in a run: the undefended one, and one per defense."""
 
+from typing import Any
+
 from azeotrope.defenses.base import Defense
+from azeotrope.defenses.proxied import ProxiedDecoding
 from experiment.lessons import taught_proxies
 from experiment.plan import (
     HeadPass,
@@ -8,6 +11,7 @@ from experiment.plan import (
     base_student_requests,
     head_passes,
     head_truth,
+    preparation_request,
     teacher_requests,
 )
 from experiment.settings import DefenseChoice
@@ -49,14 +53,33 @@ def defend(steps: Steps, choice: DefenseChoice, clean: TeacherResult) -> Teacher
     for defense in choice.acting("weights"):
         heads += _train_heads(steps, choice, defense, teacher, clean)
         teacher = _checkpoint(heads[-1])
-    decoding = tuple(defense.config.dump() for defense in choice.acting("decoding"))
+    decoding = tuple(_decoding(steps, choice, defense) for defense in choice.acting("decoding"))
     stages = [clean.traces, clean.greedy, clean.sampled]
     if heads or decoding:
         stages = steps.traces.generate(teacher_requests(config, teacher, choice.label, decoding))
     for defense in choice.acting("text"):
         stages = [steps.texts.rewrite(stage, defense, choice.label) for stage in stages]
     traces, greedy, sampled = stages
-    return TeacherResult(choice, traces, greedy, sampled, tuple(heads))
+    return TeacherResult(choice, traces, greedy, sampled, tuple(heads), decoding)
+
+
+def _decoding(steps: Steps, choice: DefenseChoice, defense: Defense) -> dict[str, Any]:
+    """A decoding defense's settings, with the proxies that it needs."""
+    if not isinstance(defense, ProxiedDecoding):
+        return defense.config.dump()
+    config = steps.config
+    proxies = config.proxies
+    if choice.lesson is not None:
+        proxies = taught_proxies(steps, choice.lesson)
+    request = preparation_request(config, choice, defense.config.preparation.traces)
+    [traces] = steps.traces.generate([request])
+    prepared = steps.proxies.prepare(defense, proxies, config.teacher, traces)
+    boundary = defense.config.boundary or config.boundary
+    return {
+        **defense.config.dump(),
+        "prepared": [str(stage.path) for stage in prepared],
+        "boundary": boundary.dump(),
+    }
 
 
 def _train_heads(

@@ -1,7 +1,7 @@
 """Lessons: proxies learn from the undefended teacher before a defense uses them."""
 
 from azeotrope.attacks.cleanups.base import NO_CLEANUP
-from experiment.plan import lesson_config, lesson_problems
+from experiment.plan import TraceRequest, lesson_config, lesson_problems
 from experiment.settings import ProxyLesson, StudentConfig
 from experiment.steps import Steps
 from experiment.steps.features import FeatureTexts
@@ -15,7 +15,12 @@ def taught_proxies(steps: Steps, lesson: ProxyLesson) -> tuple[str, ...]:
         TrainingError: if a training is at fault, or workers failed too often.
     """
     config = steps.config
-    texts = steps.traces.ground_truth(lesson_problems(config, lesson))
+    problems = lesson_problems(config, lesson)
+    if lesson.texts == "teacher":
+        request = TraceRequest(config.teacher, "teacher", problems, config.sampling)
+        [texts] = steps.traces.generate([request])
+    else:
+        texts = steps.traces.ground_truth(problems)
     features = steps.features.extract(FeatureTexts(texts, lesson.traces), config.teacher)
     lesson_steps = Steps(steps.context.with_config(lesson_config(config)))
     planned = [

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from actors.heads import CHECKED_PROMPTS
+from azeotrope.defenses.proxied import ProxiedDecoding
 from azeotrope.generation import Sampling
 from azeotrope.heads.search import HeadTraining
 from experiment.settings import DefenseChoice, ExperimentConfig, ProxyLesson
@@ -139,6 +140,15 @@ def lesson_problems(config: ExperimentConfig, lesson: ProxyLesson) -> ProblemRan
     return ProblemRange("train", lesson.traces, config.most_traces)
 
 
+def preparation_request(
+    config: ExperimentConfig, choice: DefenseChoice, traces: int
+) -> TraceRequest:
+    """Clean traces on which proxies are prepared: problems of neither attacker nor lesson."""
+    skip = config.most_traces + (choice.lesson.traces if choice.lesson else 0)
+    problems = ProblemRange("train", traces, skip)
+    return TraceRequest(config.teacher, "teacher", problems, config.sampling)
+
+
 def lesson_config(config: ExperimentConfig) -> ExperimentConfig:
     """The experiment for the training of proxies: checkpoints are saved, exams are short."""
     return config.model_copy(
@@ -175,13 +185,19 @@ def problem_ranges(config: ExperimentConfig) -> Iterator[ProblemRange]:
     requests = teacher_requests(config, config.teacher) + base_student_requests(config)
     yield from (request.problems for request in requests)
     for choice in config.defenses:
-        yield from _head_ranges(config, choice)
+        yield from _defense_ranges(config, choice)
     for measured in (information_problems(config), begun_problems(config)):
         if measured is not None:
             yield measured
 
 
-def _head_ranges(config: ExperimentConfig, choice: DefenseChoice) -> Iterator[ProblemRange]:
+def _defense_ranges(config: ExperimentConfig, choice: DefenseChoice) -> Iterator[ProblemRange]:
+    if any(part.needs_proxies for part in choice.resolve()) and choice.lesson is not None:
+        yield lesson_problems(config, choice.lesson)
+        yield student_exam(lesson_config(config))
+    for part in choice.acting("decoding"):
+        if isinstance(part, ProxiedDecoding):
+            yield preparation_request(config, choice, part.config.preparation.traces).problems
     if not choice.acting("weights"):
         return
     yield from (head_pass.problems for head_pass in head_passes(config, choice))
@@ -191,9 +207,6 @@ def _head_ranges(config: ExperimentConfig, choice: DefenseChoice) -> Iterator[Pr
         yield truth
     if floor is not None:
         yield ProblemRange("validation", floor.problems)
-    if choice.lesson is not None:
-        yield lesson_problems(config, choice.lesson)
-        yield student_exam(lesson_config(config))
 
 
 def begun_ranges(config: ExperimentConfig) -> Iterator[tuple[str, ProblemRange]]:

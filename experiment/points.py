@@ -62,7 +62,7 @@ def write_points(
             defense=teacher.label,
             strength=teacher.strength,
             checkpoint=teacher.checkpoint or models.resolve(config.teacher),
-            decoding=tuple(part.config.dump() for part in choice.acting("decoding")),
+            decoding=teacher.decoding,
             rewriting=tuple(part.config.dump() for part in choice.acting("text")),
             control=choice.control or all(part.is_baseline for part in parts),
             teacher=models.resolve(config.teacher),

@@ -44,6 +44,11 @@ class ProxyLesson(Config):
         description="one per proxy, in turn; with fewer attacks than proxies they repeat",
     )
     traces: int = Field(default=250, ge=1, description="texts that they learn from")
+    texts: Literal["truth", "teacher"] = Field(
+        default="truth",
+        description="truth: the task's solutions, with the teacher's logits for attacks that use "
+        "them; teacher: what the undefended teacher writes",
+    )
 
     @field_validator("attacks")
     @classmethod

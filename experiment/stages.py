@@ -30,6 +30,7 @@ VERSIONS = {
     "probe": 1,
     "features": 3,
     "head": 2,
+    "proxy": 1,
     "student": 3,
 }
 

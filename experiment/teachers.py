@@ -1,6 +1,7 @@
 """What one teacher wrote in a run, defended or not."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from experiment.settings import DefenseChoice
 from experiment.stages import Stage, describe
@@ -16,6 +17,8 @@ class TeacherResult:
     greedy: Stage
     sampled: Stage
     heads: tuple[Stage, ...] = ()
+    decoding: tuple[dict[str, Any], ...] = ()
+    """The decoding defenses as they act, with the proxies that were prepared for them."""
 
     @property
     def label(self) -> str:

@@ -25,7 +25,7 @@ RewriteStatus = Literal["unchanged", "changed", "verified", "fell_back"]
 """What a text defense did with one text. `changed`: rewritten, and its answer was not compared;
 `verified`: rewritten, and its answer is still that of the original; `fell_back`: no acceptable
 rewriting was made, so the text is what the defense shows in that case."""
-_DEFENSES = Plugins(azeotrope.defenses, "defense")
+_DEFENSES = Plugins(azeotrope.defenses, "defense", frozenset({"base", "proxied"}))
 
 
 class DefenseConfig(Config):

@@ -5,6 +5,7 @@ from experiment.settings import ExperimentConfig
 from experiment.steps.context import StepContext
 from experiment.steps.features import FeatureSteps
 from experiment.steps.heads import HeadSteps
+from experiment.steps.proxies import ProxySteps
 from experiment.steps.students import StudentSteps
 from experiment.steps.texts import TextSteps
 from experiment.steps.traces import TraceSteps
@@ -19,6 +20,7 @@ class Steps:
         self.texts = TextSteps(context)
         self.features = FeatureSteps(context)
         self.heads = HeadSteps(context)
+        self.proxies = ProxySteps(context)
         self.students = StudentSteps(context)
 
     @classmethod

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from actors import pool
 from actors.generator import GenerationJob, GenerationWorker
@@ -77,7 +78,7 @@ class TraceSteps:
             count=problems.count,
             sampling=request.sampling.dump(),
             defense=request.defense,
-            decoding=list(request.decoding),
+            decoding=[_content(part) for part in request.decoding],
             seed=request.seed,
             **({"skip": problems.skip} if problems.skip else {}),
             # Rows of one shard are one batch, and a batch of another shape rounds otherwise.
@@ -122,3 +123,11 @@ class TraceSteps:
             write_traces(folder / "0000000.parquet", ground_truth(task, selected))
 
         return self._context.cache.build(stage, make)
+
+
+def _content(part: dict[str, Any]) -> dict[str, Any]:
+    """A decoding defense as stages describe it: by what it holds, not by where that lies."""
+    if not part.get("prepared"):
+        return part
+    # A prepared proxy lies in a stage, whose folder is named by its content.
+    return {**part, "prepared": [Path(folder).name for folder in part["prepared"]]}

@@ -33,6 +33,7 @@ BANDS: tuple[set[str], ...] = (
     set(),
     {"logits"},
     {"heads"},
+    {"proxies"},
     {"defenses", "attacks", "tasks", "pocket"},
     {"engine", "evidence", "report"},
 )
