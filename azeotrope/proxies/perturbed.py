@@ -68,19 +68,15 @@ class PerturbedPair:
         """
         cache: DynamicCache = inputs["past_key_values"]
         fresh = inputs["input_ids"].shape[1]
-        past = [
-            tuple(states.unflatten(1, (2, -1)) for states in (layer.keys, layer.values))
-            for layer in cache.layers
-        ]
+        past = [(_apart(layer.keys), _apart(layer.values)) for layer in cache.layers]
         fixed = {name: value for name, value in inputs.items() if name != "past_key_values"}
 
         def read(weights: Weights, past: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, list]:
             own = DynamicCache(past) if past else DynamicCache()
             arguments = {**fixed, "past_key_values": own, "logits_to_keep": 1}
             logits = functional_call(self.model, dict(weights), kwargs=arguments).logits[:, -1]
-            return logits, [
-                (layer.keys[:, :, -fresh:], layer.values[:, :, -fresh:]) for layer in own.layers
-            ]
+            ends = [(layer.keys, layer.values) for layer in own.layers]
+            return logits, [(keys[:, :, -fresh:], values[:, :, -fresh:]) for keys, values in ends]  # type: ignore[index]
 
         logits, states = vmap(read, in_dims=(0, 1), out_dims=(0, 1))(self._weights, past)
         for number, (keys, values) in enumerate(states):
@@ -187,6 +183,12 @@ def check_direction(model: PreTrainedModel, direction: Weights) -> None:
 def length_of(direction: Weights) -> float:
     """The Euclidean norm over all tensors."""
     return sum(float(tensor.double().square().sum()) for tensor in direction.values()) ** 0.5
+
+
+def _apart(states: Tensor | None) -> Tensor:
+    """Keys or values of both copies, which lie side by side in the dimension of heads."""
+    assert states is not None
+    return states.unflatten(1, (2, -1))
 
 
 def _whole(model: PreTrainedModel, context: Context) -> dict[str, Any]:

@@ -111,7 +111,8 @@ def prepare(
     if with_direction:
         direction, _, length = downstream_gradient(proxy, examples)
         rows = token_rows(proxy.tokenizer)
-        tried = sorted({*EPSILONS, *([settings.epsilon] if settings.epsilon else [])})
+        wanted = () if settings.epsilon is None else (settings.epsilon,)
+        tried: list[float] = sorted({*EPSILONS, *wanted})
         errors = relative_errors(proxy.model, direction, contexts_of(examples), rows, tried)
         epsilon = choose_epsilon(errors, settings.epsilon, settings.tolerance)
         described |= {

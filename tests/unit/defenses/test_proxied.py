@@ -77,7 +77,9 @@ def test_rows_that_join_one_by_one_write_what_one_batch_writes(
     expected = written(teacher, prompts, temperature, [defense(prepared, name)])
     assert expected != written(teacher, prompts, temperature, [])
     hooks = (defense(prepared, name),)
-    batch = RowBatch(teacher.model, end_ids=(tokenizer.eos_token_id,), pad_id=tokenizer.pad_token_id)
+    batch = RowBatch(
+        teacher.model, end_ids=(tokenizer.eos_token_id,), pad_id=tokenizer.pad_token_id
+    )
     rows = [
         BatchRow(
             prompt,
