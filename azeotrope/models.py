@@ -87,9 +87,13 @@ def fingerprint(name: str) -> str:
         return name
     digest = hashlib.sha256()
     for path in sorted(folder.iterdir()):
-        if path.suffix in {".safetensors", ".json", ".jinja", ".model"} and path.name not in {
-            "training.json"
-        }:
+        if path.suffix in {
+            ".safetensors",
+            ".json",
+            ".jinja",
+            ".model",
+            ".txt",
+        } and path.name not in {"training.json"}:
             digest.update(path.name.encode())
             with path.open("rb") as file:
                 while chunk := file.read(1 << 20):

@@ -157,7 +157,7 @@ def _measurement(
         "probe",
         what=quantity,
         model=context.fingerprint(checkpoint),
-        task=steps.config.task.dump(),
+        task=steps.config.task.described(),
         **inputs,
     )
     return context.cache.build(stage, make)

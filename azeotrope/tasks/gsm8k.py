@@ -48,11 +48,16 @@ class Config(TaskSettings):
         return self.folder is not None
 
     @property
+    def files(self) -> tuple[Path, ...]:
+        folder = self.folder
+        return () if folder is None else (folder / "train.jsonl", folder / "test.jsonl")
+
+    @property
     def folder(self) -> Path | None:
         """Where the files are on this machine; None if they must be downloaded.
 
-        The data folder is looked up at each call and is no part of the configuration, so a stage
-        made with local files is the same as one made from the hub.
+        The data folder is looked up at each call and is no part of the configuration: what the
+        files hold decides the names of results.
         """
         if self.path is not None:
             return Path(self.path)

@@ -29,6 +29,10 @@ class Config(TaskSettings):
         # Workers may run in another folder than the one the path was written in.
         return None if path is None else str(Path(path).expanduser().resolve())
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return tuple(Path(path) for path in (self.train, self.test, self.validation) if path)
+
 
 class Jsonl:
     """The task's name holds a hash of its text, so results of edited files are not mixed with old.

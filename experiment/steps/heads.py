@@ -50,6 +50,7 @@ class HeadSteps:
         )
         # Paths differ between machines, so that the description holds what lies at them.
         contents = {
+            "task": config.task.described(),
             "teacher": context.fingerprint(teacher),
             "clean": context.fingerprint(config.teacher),
             "proxies": [context.fingerprint(name) for name in proxies],

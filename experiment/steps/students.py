@@ -79,7 +79,11 @@ class StudentSteps:
             snapshot=logits and logits.snapshot and models.resolve(logits.snapshot),
         )
         # Paths differ between machines, so that the description holds what lies at them.
-        contents = {"model": context.fingerprint(student.model), "traces": texts.stage.key}
+        contents: dict[str, Any] = {
+            "task": config.task.described(),
+            "model": context.fingerprint(student.model),
+            "traces": texts.stage.key,
+        }
         if logits is not None:
             contents["teacher"] = context.fingerprint(logits.teacher)
             contents["features"] = logits.features.key

@@ -73,7 +73,7 @@ class TraceSteps:
             "traces",
             model=self._context.fingerprint(request.model),
             label=request.label,
-            task=config.task.dump(),
+            task=config.task.described(),
             split=problems.split,
             count=problems.count,
             sampling=request.sampling.dump(),
@@ -114,7 +114,7 @@ class TraceSteps:
         origin = {"split": problems.split, "skip": problems.skip}
         description = {} if origin == {"split": "train", "skip": 0} else origin
         stage = self._context.cache.stage(
-            "truth", task=task_config.dump(), count=problems.count, **description
+            "truth", task=task_config.described(), count=problems.count, **description
         )
 
         def make(folder: Path) -> None:
