@@ -4,13 +4,14 @@ New fields of an engine's next release are rejected by default. Each field is re
 used by the gateway itself; no part of a request's body is passed on to the engine.
 """
 
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from azeotrope.config import explain, path_text
 from azeotrope.tokens import Message
 from gateway.errors import ApiError
+from gateway.http.neutral import MESSAGE, REQUEST, without_neutral
 
 MOST_STOPS = 4
 MOST_BANS = 64
@@ -37,7 +38,9 @@ class ChatMessage(_Strict):
     """
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: str | list[TextPart] = Field(
+        description="null is an empty text in an assistant's turn"
+    )
     name: str | None = None
     type: Literal["text"] | None = Field(default=None, description="some clients add it")
     refusal: None = None
@@ -45,6 +48,15 @@ class ChatMessage(_Strict):
     audio: None = None
     function_call: None = None
     tool_calls: None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _neutral(cls, message: Any) -> Any:
+        message = without_neutral(message, cls.model_fields, MESSAGE)
+        is_answer = isinstance(message, dict) and message.get("role") == "assistant"
+        if is_answer and "content" in message and message["content"] is None:
+            return {**message, "content": ""}
+        return message
 
     def plain(self) -> Message:
         """The message in the form that chat templates take."""
@@ -75,6 +87,11 @@ class ApiRequest(_Strict):
         default=None, description="-100 forbids a token; no other bias is accepted"
     )
     user: str | None = Field(default=None, max_length=512, description="accepted and not used")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _neutral(cls, body: Any) -> Any:
+        return without_neutral(body, cls.model_fields, REQUEST)
 
     @property
     def stops(self) -> tuple[str, ...]:
