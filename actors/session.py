@@ -10,6 +10,7 @@ from pathlib import Path
 
 import ray
 
+from actors.head_watch import HeadWatch, end_process
 from actors.resources import Resources
 from azeotrope.environment import variable
 from azeotrope.tasks import gsm8k
@@ -31,6 +32,10 @@ _ANNOUNCEMENT = b"Set ray log level from environment variable RAY_BACKEND_LOG_LE
 _WORKER_ENV = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
 # A local machine is not preempted, and this watcher would be one more process for each run.
 _LOCAL = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
+
+
+_watches: list[HeadWatch] = []
+"""Of the connection of this process: one, or none."""
 
 
 class RayStartError(RuntimeError):
@@ -59,6 +64,7 @@ def start(resources: Resources, *, offline: bool) -> None:
                 _connect(address, resources, variables)
             _tighten_token()
             _silence()
+            _watch_head()
             return
         except Exception as error:
             # Ray reports a node that starts too slowly, after 30 s, as a bare Exception.
@@ -101,8 +107,14 @@ def _connect(address: str | None, resources: Resources, variables: dict[str, str
     )
 
 
+def _watch_head() -> None:
+    _watches.append(HeadWatch(ray.get_runtime_context().gcs_address, end_process))
+
+
 def stop() -> None:
     """Disconnect, and end Ray if it is local."""
+    while _watches:
+        _watches.pop().stop()
     if ray.is_initialized():
         ray.shutdown()
 
