@@ -147,7 +147,7 @@ def _generation_ends(source: str) -> int | list[int] | None:
 
 def context_length(name: str) -> int:
     """The greatest number of positions the model was made for."""
-    config = AutoConfig.from_pretrained(resolve(name))
+    config = AutoConfig.from_pretrained(resolve(name)).get_text_config()
     return int(getattr(config, "max_position_embeddings", 1 << 30))
 
 

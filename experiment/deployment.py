@@ -21,6 +21,7 @@ from azeotrope.tasks import PocketConfig
 from experiment.points import Point, find_point
 from gateway.accounts.stores import StoreLocation, default_store, open_keys
 from gateway.loopback import is_loopback
+from gateway.plan import MOST_COMPLETIONS
 from gateway.policy import Policy
 
 APP = "azeotrope"
@@ -153,6 +154,7 @@ def application(args: ServeConfig) -> serve.Application:
     decoding = point.decoding if args.decoding is None else args.decoding
     _check_defenses(decoding)
     clean = _undefended(args, point)
+    _check_context(args.context, point.checkpoint)
     settings = EngineSettings(
         checkpoint=point.checkpoint,
         kind=engines.chosen(args.engine),
@@ -192,7 +194,8 @@ def _engine_options(args: ServeConfig) -> dict[str, Any]:
         # A full batch and its queue; further requests are refused at once.
         "max_ongoing_requests": 3 * args.rows,
         # Per gateway, while replicas are being replaced.
-        "max_queued_requests": args.rows,
+        # All completions of a request are sent at once, before any is assigned to a replica.
+        "max_queued_requests": max(args.rows, 2 * MOST_COMPLETIONS),
         "autoscaling_config": {
             "min_replicas": args.engines.least,
             "initial_replicas": args.engines.least,
@@ -262,6 +265,15 @@ def _undefended(args: ServeConfig, point: Point) -> str | None:
         return models.resolve(checkpoint)
     except FileNotFoundError as error:
         raise ConfigError(f"undefended: {error}") from None
+
+
+def _check_context(context: int | None, checkpoint: str) -> None:
+    longest = models.context_length(checkpoint)
+    if context is not None and context > longest:
+        raise ConfigError(
+            f"context {context} is longer than that of {checkpoint}, {longest} tokens; lower it, "
+            "or leave it out to take the model's"
+        )
 
 
 def _check_defenses(decoding: tuple[dict[str, Any], ...]) -> None:

@@ -12,6 +12,8 @@ from gateway.accounts.quotas import Limits, Refusal, Standing
 
 logger = logging.getLogger(__name__)
 HEARTBEAT_S = 1.0
+RETRY_S, MOST_RETRY_S = 0.1, 2.0
+"""The first and the longest pause before a bill is tried again."""
 LEASE_S = 10.0
 """A replica that is silent for so long counts as dead, and others settle its requests. Ten
 heartbeats, so that a few slow or failed ones end nothing."""
@@ -24,6 +26,8 @@ class OpenRequests:
         self.owner = f"gateway-{secrets.token_hex(6)}"
         self._ledger = ledger
         self._written: dict[str, int] = {}
+        self._billing: dict[str, int] = {}
+        """Closed requests whose bill is not written yet."""
         # The event loop holds only weak references to its tasks. Without this set a bill could be
         # garbage-collected before it is written.
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -56,8 +60,27 @@ class OpenRequests:
         """
         tokens = self._written.pop(request, None)
         if tokens is not None:
-            self._spawn(asyncio.to_thread(self._ledger.settle, request, tokens))
+            self._billing[request] = tokens
+            self._spawn(self._bill(request, tokens))
         return tokens
+
+    async def _bill(self, request: str, tokens: int) -> None:
+        """Write a bill, however long the store is locked or away.
+
+        Reports go on meanwhile, so that the lease does not run out, and so that another process
+        would settle at the right number if this one died.
+        """
+        delay = RETRY_S
+        while True:
+            try:
+                await asyncio.to_thread(self._ledger.settle, request, tokens)
+            except StoreError as error:
+                logger.warning("a bill is not written yet, and is tried again: %s", error)
+                await asyncio.sleep(delay)
+                delay = min(2 * delay, MOST_RETRY_S)
+            else:
+                self._billing.pop(request, None)
+                return
 
     async def close(self) -> None:
         """Wait for bills that are being written."""
@@ -69,10 +92,10 @@ class OpenRequests:
     async def _report(self) -> None:
         while True:
             await asyncio.sleep(HEARTBEAT_S)
-            if not self._written:
+            if not self._written and not self._billing:
                 return
             # A copy: the event loop goes on counting while the thread writes.
-            written = dict(self._written)
+            written = {**self._billing, **self._written}
             try:
                 await asyncio.to_thread(self._ledger.progress, self.owner, written, lease_s=LEASE_S)
             except StoreError as error:

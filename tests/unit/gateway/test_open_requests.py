@@ -55,3 +55,37 @@ def test_reports_continue_after_a_failure(
     assert caplog.text.count("the disk is busy") == 2
     (row,) = ledger.usage()
     assert (row.completion_tokens, row.open_requests) == (3, 0)
+
+
+class LockedLedger(SqliteLedger):
+    """Cannot be written for a while: another process holds it."""
+
+    def __init__(self, path: Path, refusals: int) -> None:
+        super().__init__(path)
+        self.refusals = refusals
+
+    def settle(self, request: str, tokens: int) -> None:
+        if self.refusals:
+            self.refusals -= 1
+            raise StoreError("database is locked")
+        super().settle(request, tokens)
+
+
+def test_a_bill_is_tried_until_it_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(open_requests, "HEARTBEAT_S", 0.01)
+    monkeypatch.setattr(open_requests, "RETRY_S", 0.01)
+    ledger = LockedLedger(tmp_path / LEDGER_FILE, refusals=5)
+
+    async def run() -> None:
+        opened = OpenRequests(ledger)
+        answer = await opened.reserve(Reservation("k", "r", 1, 9, 1), WIDE)
+        assert isinstance(answer, Standing)
+        opened.add("r", 7)
+        assert opened.settle("r") == 7
+        await opened.close()
+
+    asyncio.run(run())
+    (row,) = ledger.usage()
+    assert (row.completion_tokens, row.open_requests) == (7, 0)
