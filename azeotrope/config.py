@@ -29,6 +29,22 @@ class ConfigError(ValueError):
     """A configuration that cannot be used; the message has the value and what is allowed."""
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that occurs twice in one mapping, of which YAML would keep the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            # A merge (`<<: *name`) may be overridden by keys beside it; that is what it is for.
+            if key.tag != "tag:yaml.org,2002:merge" and isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"the key {key.value!r} occurs twice", key.start_mark
+                    )
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def load(kind: type[C], path: Path, overrides: Sequence[str] = ()) -> C:
     """Read a YAML file into a typed configuration.
 
@@ -38,7 +54,12 @@ def load(kind: type[C], path: Path, overrides: Sequence[str] = ()) -> C:
     if not path.is_file():
         raise ConfigError(f"no configuration file at {path}")
     try:
-        data = yaml.safe_load(path.read_text())
+        data = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # a SafeLoader
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{path} is not UTF-8 (byte {error.start} is {error.object[error.start]:#x}); save it "
+            "as UTF-8"
+        ) from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(data, dict):

@@ -5,12 +5,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from azeotrope.config import ConfigError
+
 if TYPE_CHECKING:
     from gateway.accounts.key_records import KeyRecord
     from gateway.accounts.keys import KeyStore
     from gateway.accounts.stores import StoreLocation
 
 DAY_S = 86_400
+MOST_DAYS = 3650.0
+"""The longest life of a key: ten years."""
 
 app = typer.Typer(
     no_args_is_help=True, help="Create, list, revoke and rotate the API keys of a gateway."
@@ -45,7 +49,6 @@ def existing_keys(stores: "StoreLocation") -> "KeyStore":
     Raises:
         ConfigError: if there is no store, or it cannot be opened.
     """
-    from azeotrope.config import ConfigError
     from gateway.accounts.sqlite_keys import KEYS_FILE
     from gateway.accounts.stores import open_keys
 
@@ -88,6 +91,8 @@ def create(
     from gateway.accounts.key_records import ORDINARY
     from gateway.accounts.stores import open_keys
 
+    if expires_days is not None:
+        _check_range("--expires-days", expires_days, 0.0, MOST_DAYS)
     record, token = open_keys(store_location(store, redis)).create(
         name,
         tier=tier,
@@ -146,6 +151,12 @@ def revoke(
         typer.echo(f"{record.id} ({record.name}) is revoked; gateways refuse it within a second")
 
 
+def _check_range(option: str, value: float, least: float, most: float) -> None:
+    # Written so that NaN does not pass.
+    if not least <= value <= most:
+        raise ConfigError(f"{option} must be from {least:g} to {most:g}, got {value:g}")
+
+
 @app.command()
 def rotate(
     id: KeyId,
@@ -156,6 +167,7 @@ def rotate(
     redis: RedisUrl = None,
 ) -> None:
     """Replace a key: print a new token once, with the same rights, and end the old one."""
+    _check_range("--overlap-hours", overlap_hours, 0.0, MOST_DAYS * 24)
     keys = existing_keys(store_location(store, redis))
     record, token = keys.rotate(id, overlap_s=overlap_hours * 3600)
     _print_token(record, token)

@@ -1,7 +1,9 @@
 """Read JSONL files row by row, with one error that lists the broken rows."""
 
+import codecs
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +11,7 @@ from typing import Any, TypeVar
 
 from azeotrope.problems import Problem
 
+UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 SHOWN = 5
 """How many broken rows an error lists; the rest are counted."""
 
@@ -39,7 +42,10 @@ def read(path: Path, parse: Parse, *, expected: str) -> tuple[ProblemText, ...]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}; expected {expected}")
-    lines = path.read_bytes().splitlines()
+    content = path.read_bytes()
+    if content.startswith(UTF16):
+        raise ValueError(f"{path} is not UTF-8 but UTF-16; save it as UTF-8")
+    lines = content.splitlines()
     numbered = ((f"line {number}", line) for number, line in enumerate(lines, 1) if line.strip())
     return parse_rows(numbered, _decode, parse, source=str(path))
 
@@ -135,8 +141,28 @@ def content_hash(*splits: tuple[ProblemText, ...]) -> str:
 
 def _decode(line: bytes) -> Any:
     try:
-        return json.loads(line)
+        text = line.decode("utf-8-sig")
     except UnicodeDecodeError:
         raise ValueError("is not UTF-8") from None
+    try:
+        fields = json.loads(text, parse_constant=_no_constant, parse_float=_finite)
+        # A lone half of a surrogate pair, which JSON can spell, is no character.
+        json.dumps(fields, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
         raise ValueError(f"is not JSON ({error.msg}, column {error.colno})") from None
+    except UnicodeEncodeError:
+        raise ValueError("holds half of a surrogate pair, which is no character") from None
+    except RecursionError:
+        raise ValueError("is nested too deeply to be a row") from None
+    return fields
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"holds {name}, which is no number; write a finite one, or a text")
+
+
+def _finite(number: str) -> float:
+    value = float(number)
+    if not math.isfinite(value):
+        raise ValueError(f"holds {number}, which is too large; write a smaller number, or a text")
+    return value

@@ -1,12 +1,14 @@
 """Configuration: what is refused, how it is explained, and that plain data round-trips."""
 
 import pickle
+from pathlib import Path
 
 import pytest
 import yaml
 from pydantic import Field, ValidationError
 
 from azeotrope.config import Config, ConfigError, build, digest, load
+from azeotrope.training import FitConfig
 
 
 class Inner(Config):
@@ -132,3 +134,20 @@ def test_the_digest_is_stable_and_changes_with_every_value() -> None:
     assert len({digest(value) for value in values}) == len(values)
     with pytest.raises(ValueError, match="JSON"):
         digest({"a": float("nan")})
+
+
+def test_a_key_that_occurs_twice_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "twice.yaml"
+    path.write_text("steps: 3\nsteps: 4\n")
+    with pytest.raises(ConfigError, match="the key 'steps' occurs twice"):
+        load(FitConfig, path)
+    path.write_text("base: &base {steps: 3}\n")
+    with pytest.raises(ConfigError, match="base"):
+        load(FitConfig, path)
+
+
+def test_a_file_in_latin_1_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "latin.yaml"
+    path.write_bytes("schedule: lin\xe9aire\n".encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"is not UTF-8 \(byte 13 is 0xe9\); save it as UTF-8"):
+        load(FitConfig, path)
