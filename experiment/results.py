@@ -1,5 +1,9 @@
 """The outcome of a run: rows of results, curves, examples, and the report made of them."""
 
+import csv
+import io
+import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,7 +15,7 @@ from azeotrope import __version__, models
 from azeotrope.attacks.cleanups import base as cleanups
 from azeotrope.defenses.base import strength_label
 from azeotrope.endings import learned_end
-from azeotrope.files import write_json
+from azeotrope.files import write_json, write_text
 from azeotrope.report.completions import ScoredCompletion, repeats, summarise
 from azeotrope.report.page import write_report
 from azeotrope.report.paired import PAIRED, PairedTest
@@ -150,15 +154,41 @@ def write_results(
         PAIRED: [test.dump() for test in _paired_tests(config, clean, teachers)],
         "notes": [
             *(note for label, items in heads for note in _notes(label, items)),
+            *strength_notes(teachers),
             *dropped_notes(students),
             *notes,
         ],
     }
     write_json(folder / "results.json", results_document(about, rows))
+    write_csv(folder / "results.csv", rows)
     write_json(folder / "curves.json", _curves(teachers, students))
     write_json(folder / "plots.json", [plot.dump() for plot in plots_of(rows, heads)])
     write_json(folder / "examples.json", _examples(clean, teachers))
     write_report(folder)
+
+
+def write_csv(path: Path, rows: Sequence[ResultRow]) -> None:
+    """The rows for spreadsheets; settings and costs, which have parts, are JSON in their cells."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [*ResultRow.model_fields], lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        cells = row.dump()
+        parts = {name: json.dumps(cells[name]) for name in ("settings", "cost", "ci95")}
+        writer.writerow({**cells, **parts})
+    write_text(path, text.getvalue())
+
+
+def strength_notes(teachers: Sequence[TeacherResult]) -> list[str]:
+    """Which defenses act with another strength than their settings ask for, one sentence each."""
+    return [
+        f"{teacher.label}: the settings ask for strength {teacher.choice.strength:g}; the search "
+        f"under the utility floor ended with {teacher.strength:g}, which tables show."
+        for teacher in teachers
+        if teacher.choice is not None
+        and teacher.heads
+        and not math.isclose(teacher.strength, teacher.choice.strength)
+    ]
 
 
 def dropped_notes(students: Mapping[Cell, Stage]) -> list[str]:

@@ -1,5 +1,6 @@
 """Result rows -> sentences: what was removed, what it cost, and "no effect" when there is none."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 from azeotrope.report.headlines import CERTAIN, BestAttack, Headline, best_attacks, headline
@@ -155,6 +156,8 @@ def _effect(removed: Estimate) -> str:
     if not removed.defined:
         return "the gain removed is unknown"
     gain = percent(removed)
+    if math.isinf(removed.lo) and math.isinf(removed.hi):
+        return "the gain removed is not determined: clean traces may have taught nothing"
     if removed.lo <= 0 <= removed.hi:
         return f"no effect that can be told from chance (gain removed {gain})"
     if removed.hi < 0:

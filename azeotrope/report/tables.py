@@ -15,9 +15,12 @@ PROBLEMS_ONLY = "with one seed, intervals cover the choice of problems only"
 
 
 def percent(estimate: Estimate) -> str:
-    """`51.0 % [46.6, 55.4]`, or a dash if the estimate is undefined."""
+    """`51.0 % [46.6, 55.4]`, a dash if the estimate is undefined, or that nothing limits it."""
     if not estimate.defined:
         return "-"
+    if math.isinf(estimate.lo) and math.isinf(estimate.hi):
+        # The clean student may have gained nothing at all, so that any share of it is possible.
+        return "not determined"
     low, high = (_bounded(100 * end, ".1f") for end in (estimate.lo, estimate.hi))
     return f"{100 * estimate.value:.1f} % [{low}, {high}]"
 
