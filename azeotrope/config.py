@@ -18,7 +18,9 @@ _TYPE_NAME = re.compile(r".*\[.*|str|int|float|bool|[A-Z]\w*")
 class Config(BaseModel):
     """Base of every configuration: immutable, unknown keys refused, defaults validated too."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False
+    )
 
     def dump(self) -> dict[str, Any]:
         """Plain data that `model_validate` takes back."""

@@ -13,7 +13,7 @@ from typing import Literal
 
 import torch
 from jaxtyping import Bool, Int
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -34,12 +34,22 @@ class Boundary(Config):
         default=r"####|\\boxed|[Tt]he (?:final )?answer is:?|[Aa]nswer:",
         description="regex for the first words of the answer, used when there are no tags",
     )
+
     unmarked: Literal["none", "reasoning"] = Field(
         default="none",
         description="how a completion with neither tags nor an answer's first words is treated: "
         "`none` leaves it alone; `reasoning` treats all of it as reasoning, for models that are "
         "cut off or forget to mark the answer, which may then be part of the reasoning",
     )
+
+    @field_validator("answer_pattern")
+    @classmethod
+    def _compiles(cls, pattern: str) -> str:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"{pattern!r} is no regular expression: {error}") from None
+        return pattern
 
 
 @dataclass(frozen=True)

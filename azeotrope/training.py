@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Float
-from pydantic import Field
+from pydantic import Field, model_validator
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -58,8 +58,18 @@ class FitConfig(Config):
     weight_decay: float = Field(default=0.01, ge=0)
     clip: float = Field(default=1.0, gt=0, description="greatest norm of the gradient")
     seed: int = 0
+
     checkpoint_every: int = Field(default=100, ge=1, description="steps between checkpoints")
     log_every: int = Field(default=10, ge=1)
+
+    @model_validator(mode="after")
+    def _divides(self) -> "FitConfig":
+        if self.batch_size % self.accumulation:
+            raise ValueError(
+                f"batch_size {self.batch_size} does not divide into {self.accumulation} "
+                "micro-batches (accumulation); take a multiple"
+            )
+        return self
 
 
 @dataclass(frozen=True)

@@ -208,6 +208,22 @@ class ExperimentConfig(Config):
     runs: str = Field(default="runs", description="folder of results")
     cache: str = Field(default="runs/cache", description="folder of stages, shared between runs")
 
+    @field_validator("runs", "cache")
+    @classmethod
+    def _a_folder(cls, folder: str) -> str:
+        if "://" in folder:
+            raise ValueError(
+                f"{folder} is an address, and results are written to folders; mount it, and give "
+                "the folder"
+            )
+        path = Path(folder)
+        blocking = next((up for up in (path, *path.parents) if up.exists()), path)
+        if blocking.exists() and not blocking.is_dir():
+            raise ValueError(
+                f"{blocking} is not a folder, so {folder} cannot be made; give another"
+            )
+        return folder
+
     @field_validator("attack")
     @classmethod
     def _known_attack(cls, attack: dict[str, Any]) -> dict[str, Any]:
@@ -251,6 +267,11 @@ class ExperimentConfig(Config):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         needs = any(d.needs_proxies for choice in self.defenses for d in choice.resolve())
+        if needs and self.teacher in self.proxies:
+            raise ValueError(
+                f"the proxy {self.teacher} is the teacher itself; a proxy stands for the "
+                "attacker's student, so take a smaller model with the same tokens"
+            )
         if needs and not self.proxies:
             raise ValueError("a defense in this list needs at least one proxy; `proxies` is empty")
         if self.sampling.max_new_tokens >= self.max_length:

@@ -22,6 +22,8 @@ def main(url: str, key: str, model: str | None = None) -> int:
     """
     if not url.startswith(("http://", "https://")):
         raise ConfigError(f"a URL such as http://127.0.0.1:8000/v1 is needed, got {url!r}")
+    if not key.strip():
+        raise ConfigError("no key to audit with; give --key KEY, or set AZEOTROPE_KEY")
     console = Console()
     try:
         with Progress(console=console, transient=True) as progress:

@@ -138,3 +138,21 @@ def test_a_defense_that_needs_no_proxy_is_content_without(tmp_path: Path) -> Non
     preflight(config)
     assert config.proxies == ()
     assert list(tmp_path.iterdir()) == [yaml]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("boundary.answer_pattern=(", "is no regular expression"),
+        ("attack.fit.accumulation=3", "does not divide into 3 micro-batches"),
+        ("cache=s3://bucket/cache", "is an address"),
+        ("runs=/dev/null/runs", "is not a folder"),
+        ("defenses.0.parts.0.strength=.inf", "strength"),
+        ("sampling.temperature=.nan", "temperature"),
+        ("resources.cpus=.inf", "cpus"),
+        ("proxies=[pocket/teacher]", "is the teacher itself"),
+    ],
+)
+def test_settings_that_would_end_a_run_later(override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        settings.load("pocket_demo", [override])
