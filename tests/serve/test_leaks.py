@@ -7,6 +7,7 @@ tests tell which one the client received. The undefended engine records every re
 import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -29,6 +30,7 @@ from witness import (
 
 from gateway.audit import engine_fields, probes, run
 from gateway.http.app import create_app
+from gateway.http.neutral import REQUEST
 from gateway.http.requests import ChatRequest, CompletionRequest
 from gateway.policy import Policy
 
@@ -103,15 +105,33 @@ def test_fields_of_engines_are_unknown_at_every_level(
     names = forbidden(path)
     assert len(names) > 70
     for name in names:
-        for value in (values.get(name, 1), None):
-            calls += [
-                Call(path, made.keys["open"], item) for item in everywhere(path, {name: value})
-            ]
+        value = values.get(name, 1)
+        if name in REQUEST and REQUEST[name](value):
+            # Neutral, so that it is taken; another value of the field is not.
+            value = 7
+        calls += [Call(path, made.keys["open"], item) for item in everywhere(path, {name: value})]
     for call, answer in zip(calls, send(made.gateway, calls), strict=True):
         assert answer.status_code == 422, (call.body, answer.text)
         check_refusal(answer)
         assert answer.json()["error"]["code"] == "unknown_field"
     assert made.defended.asked == made.undefended.asked == {}
+
+
+@pytest.mark.parametrize("path", [CHAT, TEXT])
+def test_fields_that_are_null_change_nothing(path: str, guarded: Callable[..., Guarded]) -> None:
+    made = guarded(Policy(tiers={"open": wide()}))
+    asked = body(path, "joe has 2 eggs .", temperature=0)
+    calls = [Call(path, made.keys["open"], {**asked, name: None}) for name in forbidden(path)]
+    plain = Call(path, made.keys["open"], asked)
+    texts = {
+        choice.text
+        for answer in send(made.gateway, [plain, *calls])
+        for choice in choices(answer).values()
+    }
+    assert len(texts) == 1
+    requests = {replace(request, id="", seed=0) for request in made.defended.asked.values()}
+    assert len(requests) == 1
+    assert made.undefended.asked == {}
 
 
 def test_fields_cannot_be_disguised(guarded: Callable[..., Guarded]) -> None:

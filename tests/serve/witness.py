@@ -164,11 +164,11 @@ class Reference:
     def _green(self, request: EngineRequest, wrote: Sequence[int]) -> torch.Tensor:
         strength = WATERMARK["strength"] if request.strength is None else request.strength
         assert request.watermark_key is not None
+        # The context is one token, and the first one's is the prompt's last.
+        before = [request.prompt[-1], *wrote[:-1]]
         rows = [
-            green_list(wrote[place - 1 : place], len(self.ids), key=request.watermark_key)
-            if place
-            else [False] * len(self.ids)
-            for place in range(len(wrote))
+            green_list([token], len(self.ids), key=request.watermark_key)
+            for token in before[: len(wrote)]
         ]
         return strength * torch.tensor([list(row) for row in rows], dtype=torch.float64)
 
