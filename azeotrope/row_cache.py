@@ -159,10 +159,14 @@ def check_leaving(model: PreTrainedModel) -> None:
     """Refuse models whose rows cannot leave a batch when they have ended.
 
     Raises:
-        ValueError: if a layer keeps a state that is not kept row by row.
+        ValueError: if a layer keeps a state that is not kept row by row, or keeps it in itself.
     """
     layers = DynamicCache(config=model.config).layers
     stuck = {type(layer).__name__ for layer in layers if not hasattr(layer, "batch_select_indices")}
+    attends = {type(layer) for layer in layers} <= {DynamicLayer, DynamicSlidingWindowLayer}
+    if getattr(model, "_is_stateful", False) and attends:
+        # The cache knows of no states, so they are elsewhere, where padding would enter them.
+        stuck.add("a state outside of the cache")
     if stuck:
         raise ValueError(
             f"{type(model).__name__} keeps {', '.join(sorted(stuck))}, from which finished rows "

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from azeotrope import models
 from azeotrope.config import ConfigError
 from azeotrope.endings import end_ids
+from azeotrope.logits.served import check_trunk
 from azeotrope.row_cache import check_leaving
 from azeotrope.tokens import encode_prompt
 
@@ -38,6 +39,7 @@ def check_model(name: str, skeleton: PreTrainedModel) -> None:
         _check_own_code(folder)
         tokenizer = _tokenizer(name)
         _check_tokenizer(tokenizer, skeleton)
+        check_trunk(skeleton)
         check_leaving(skeleton)
     except (OSError, ValueError) as error:
         raise ConfigError(f"model {name}: {' '.join(str(error).split())}") from None

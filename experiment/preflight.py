@@ -8,10 +8,12 @@ from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from azeotrope import models, packaged
+from azeotrope.attacks import base as attacks
 from azeotrope.config import ConfigError
 from azeotrope.defenses.base import Defense
 from azeotrope.heads.folding import check_foldable
 from azeotrope.heads.surrogate import check_tail, check_vocabulary, first_block
+from azeotrope.logits.served import check_uncapped
 from azeotrope.logits.vocabulary import share, token_rows
 from azeotrope.pocket import smollm2
 from azeotrope.tasks import build as build_task
@@ -138,6 +140,9 @@ def _defense(config: ExperimentConfig, choice: DefenseChoice, defense: Defense) 
             "it looks at ground-truth texts, but training.truth is 0; say how many, or set "
             "utility_on and cosine_on to own"
         )
+    if defense.needs_proxies:
+        for name in config.proxies:
+            check_uncapped(_skeleton(name), "proxy")
     if defense.layer is None:
         return
     teacher = models.load_tokenizer(config.teacher)
@@ -158,6 +163,8 @@ def _views(config: ExperimentConfig) -> None:
     """Check what attacks see of a distribution against the teacher's vocabulary."""
     tokens = token_rows(models.load_tokenizer(config.teacher))
     for attack in all_attacks(config):
+        if attacks.resolve(dict(attack)).needs != "text":
+            _linear(config, attack["name"])
         top_k = (attack.get("view") or {}).get("top_k")
         if top_k is None:
             continue
@@ -171,6 +178,14 @@ def _views(config: ExperimentConfig) -> None:
                 f"attack {attack['name']}: an inversion needs full logits; leave out view.top_k or "
                 "pairs"
             )
+
+
+def _linear(config: ExperimentConfig, attack: str) -> None:
+    """An attack that queries distributions computes them from hidden states and the head."""
+    try:
+        check_uncapped(_skeleton(config.teacher), "teacher")
+    except ValueError as error:
+        raise ConfigError(f"attack {attack}: {error}") from None
 
 
 def _disk(cache: Path) -> None:

@@ -8,7 +8,7 @@ import torch
 from azeotrope import models
 from azeotrope.heads.head import Head, ProxyHead
 from azeotrope.logits.chunks import head_logits
-from azeotrope.logits.served import check_uncapped, scaled
+from azeotrope.logits.served import check_served, check_uncapped, scaled
 from azeotrope.logits.vocabulary import share
 from azeotrope.models import Loaded
 
@@ -32,9 +32,11 @@ def proxy_head_from(proxy: Loaded, teacher: Loaded, name: str) -> ProxyHead:
         name: of the proxy, for the error.
 
     Raises:
-        ValueError: if the proxy knows less than half of the teacher's tokens, or caps its logits.
+        ValueError: if the proxy knows less than half of the teacher's tokens, caps its logits, or
+            changes them in a way that is not known here.
     """
     check_uncapped(proxy.model, "proxy")
+    check_served(proxy.model)
     layer = models.head_of(proxy.model)
     shared = share(teacher.tokenizer, proxy.tokenizer, proxy_name=name)
     return ProxyHead(layer.weight, layer.bias, shared)
@@ -98,8 +100,11 @@ def export(loaded: Loaded, head: Head, folder: Path, prompts: list[list[int]]) -
 
 
 def _is_head(loaded: Loaded, name: str) -> bool:
+    # Most families call it lm_head, not all.
     layer = models.head_of(loaded.model)
-    return any(name.endswith(f"lm_head.{part}") for part, _ in layer.named_parameters())
+    places = [place for place, module in loaded.model.named_modules() if module is layer]
+    parts = [part for part, _ in layer.named_parameters()]
+    return name in {f"{place}.{part}" for place in places for part in parts}
 
 
 def _check_trunk(before: dict[str, torch.Tensor], reloaded: Loaded, folder: Path) -> None:

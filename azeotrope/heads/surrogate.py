@@ -18,7 +18,7 @@ from azeotrope import models
 from azeotrope.heads.features import block_inputs, blocks_of
 from azeotrope.logits.alignment import same_vocabulary
 from azeotrope.logits.chunks import head_logits
-from azeotrope.logits.served import check_uncapped, logit_scale
+from azeotrope.logits.served import check_served, check_trunk, check_uncapped, logit_scale
 from azeotrope.logits.vocabulary import token_rows
 from azeotrope.models import Loaded
 
@@ -69,6 +69,7 @@ def check_tail(model: PreTrainedModel) -> None:
         ValueError: if it caps its logits, multiplies what enters the trunk, or has a fixed list of
             kinds of blocks.
     """
+    check_trunk(model)
     check_uncapped(model, "surrogate")
     config = copy.deepcopy(model.config.get_text_config())
     multiplier = getattr(config, "embedding_multiplier", None) or 1.0
@@ -103,8 +104,8 @@ class Surrogate(nn.Module):
         rows: rows of the vocabulary that belong to tokens; rows that pad the head are left out.
 
     Raises:
-        ValueError: if the model has no such layer, or its last blocks alone compute other states
-            than they do in the whole model.
+        ValueError: if the model has no such layer, its last blocks alone compute other states
+            than they do in the whole model, or it changes its logits in a way that is not known.
     """
 
     def __init__(self, loaded: Loaded, layer: str, rows: int) -> None:
@@ -120,6 +121,7 @@ class Surrogate(nn.Module):
         # The loss is an angle between gradients, and bfloat16 does not resolve small angles. It is
         # so from here on, so that the two ways to the last states below can be compared exactly.
         model.to(dtype=_precise(model.dtype))  # type: ignore[call-arg]
+        check_served(model)
         trunk = model.base_model
         sample = torch.arange(min(rows, 8), device=model.device).unsqueeze(0)
         with torch.no_grad():

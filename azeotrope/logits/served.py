@@ -18,8 +18,10 @@ DIVISORS = ("logits_scaling",)
 """Names of configuration values that divide logits."""
 CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 """Names that model families give to the cap on their final logits."""
-TOLERANCE = 0.02
-"""Greatest relative difference between a model's logits and ours; low precision needs room."""
+TOLERANCE = 1e-3
+"""Greatest relative difference between a model's logits and ours in float32."""
+LOW_PRECISION = 0.02
+"""The same in 16 bits."""
 
 
 def logit_scale(model: PreTrainedModel) -> float:
@@ -63,9 +65,22 @@ def check_uncapped(model: PreTrainedModel, role: str) -> None:
     if cap is not None:
         raise ValueError(
             f"{type(model).__name__} caps its final logits at {cap:g} (cap * tanh(z / cap)), so it "
-            f"cannot be a {role} of a defense that works on the head: what it serves is no linear "
-            "map of the head. Take a model without a cap, or set "
+            f"cannot be a {role} where logits are computed from the head: what it serves is no "
+            "linear map of the head. Take a model without a cap, or set "
             f"{', '.join(CAPS)} to null in its config.json if it can do without"
+        )
+
+
+def check_trunk(model: PreTrainedModel) -> None:
+    """Refuse a model that does not show its last hidden states; its weights are not needed.
+
+    Raises:
+        ValueError: if the model has no trunk apart from its head.
+    """
+    if model.base_model is model:
+        raise ValueError(
+            f"{type(model).__name__} has no trunk apart from its head (`base_model`), so its last "
+            "hidden states cannot be read; take a model of another family"
         )
 
 
@@ -76,6 +91,7 @@ def check_served(model: PreTrainedModel) -> None:
     Raises:
         ValueError: if they differ: the model changes its logits in a way that is not known here.
     """
+    check_trunk(model)
     head = model.get_output_embeddings()
     if head is None:
         raise ValueError(f"{type(model).__name__} has no output head, so it writes no text")
@@ -84,8 +100,9 @@ def check_served(model: PreTrainedModel) -> None:
     ours = F.linear(scaled(model, states), head.weight, head.bias).float()  # type: ignore[arg-type]
     ours = capped(ours, logit_cap(model))
     theirs = model(input_ids=ids, use_cache=False).logits.float()
+    exact = model.dtype in (torch.float32, torch.float64)
     # Written so that NaN does not pass.
-    if not (theirs - ours).norm() <= TOLERANCE * theirs.norm():
+    if not (theirs - ours).norm() <= (TOLERANCE if exact else LOW_PRECISION) * theirs.norm():
         raise ValueError(
             f"{type(model).__name__} serves other logits than its head, its scale "
             f"({', '.join(FACTORS + DIVISORS)}) and its cap give; it would be trained for a "

@@ -51,17 +51,30 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "Qwen3Moe",
         {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
     ),
+    "GPT-OSS": ("GptOss", {**EXPERTS, "head_dim": 8, "sliding_window": 16}),
+    "NanoChat": ("NanoChat", {}),
+    "RecurrentGemma": ("RecurrentGemma", {"lru_width": 32, "attention_window_size": 16}),
+    "RWKV": ("Rwkv", {"attention_hidden_size": 32}),
     "Mamba": ("Mamba", {"state_size": 4, "expand": 2, "conv_kernel": 4}),
     "Falcon-H1": (
         "FalconH1",
         {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "lm_head_multiplier": 0.5},
     ),
 }
+REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
+    # It multiplies where Granite divides, by a setting of the same name.
+    "serves other logits": ("HyperCLOVAX", {"logits_scaling": 8.0}),
+    "no trunk apart from its head": (
+        "Llama4",
+        {"num_local_experts": 4, "attention_chunk_size": 16, "intermediate_size_mlp": 48},
+    ),
+}
+"""Models that are refused in every use, by what the refusal says."""
 
 
 def build(family: str) -> PreTrainedModel:
-    """A random model, in float32, without dropout; the same weights at every call."""
-    name, changes = FAMILIES[family]
+    """A random model of a family or a refusal, without dropout; the same weights at every call."""
+    name, changes = {**FAMILIES, **REFUSED}[family]
     config_class = getattr(transformers, f"{name}TextConfig", None) or getattr(
         transformers, f"{name}Config"
     )

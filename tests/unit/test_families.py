@@ -3,18 +3,18 @@
 The table in `docs/models.md` is what these tests find.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 import torch
-from families import FAMILIES, VOCAB, build
+from families import FAMILIES, REFUSED, VOCAB, build
 from transformers import PreTrainedModel
 
 from azeotrope.engine.row_batch import BatchRow, RowBatch
 from azeotrope.generation import Sampling, generate
 from azeotrope.heads.chunked import sequence_loss
-from azeotrope.heads.export import export, head_from
+from azeotrope.heads.export import export, head_from, proxy_head_from
 from azeotrope.heads.features import compute
 from azeotrope.heads.folding import check_foldable
 from azeotrope.heads.surrogate import Surrogate
@@ -25,10 +25,16 @@ from azeotrope.tokens import Example, collate
 PROMPTS = [tuple(range(5, 5 + length)) for length in (3, 9, 20)]
 NEW, END, PAD = 24, 2, 0
 TABLE = Path(__file__).parents[2] / "docs" / "models.md"
-NO_ROWS = {"Mamba", "Falcon-H1"}
-NO_TEXT = {"Mamba"}
-NO_SURROGATE = {"Gemma 2": "caps", "Granite": "multiplies", "Mamba": "fixed", "Falcon-H1": "fixed"}
-NO_HEAD = {"Gemma 2"}
+NO_TEXT = {"Mamba", "RecurrentGemma", "RWKV"}
+NO_ROWS = NO_TEXT | {"Falcon-H1"}
+NO_HEAD = {"Gemma 2", "NanoChat", "RecurrentGemma"}
+NO_SURROGATE = {
+    **dict.fromkeys(NO_HEAD, "caps"),
+    "Granite": "multiplies",
+    "Mamba": "fixed",
+    "Falcon-H1": "fixed",
+    "RWKV": "no list",
+}
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -113,7 +119,7 @@ def test_stored_features_and_the_head_give_the_models_logits(
     family: str, model: PreTrainedModel
 ) -> None:
     if family in NO_HEAD:
-        with pytest.raises(ValueError, match="final_logit_softcapping"):
+        with pytest.raises(ValueError, match="squashes its final logits"):
             check_foldable(model)
         return
     check_foldable(model)
@@ -152,6 +158,21 @@ def test_its_gradients_can_be_watched(family: str) -> None:
     moved = surrogate.direction(watched, along, torch.randn(7, 32), [7], [4])
     assert moved.isfinite().all()
     assert moved.norm() > 0
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_what_is_not_understood_is_refused_in_every_use(reason: str) -> None:
+    loaded = Loaded(build(reason), load_tokenizer("pocket/teacher"))
+    teacher = Loaded(build("Llama"), loaded.tokenizer)
+    uses: list[Callable[[], object]] = [
+        lambda: check_served(loaded.model),
+        lambda: check_foldable(loaded.model),
+        lambda: proxy_head_from(loaded, teacher, "proxy"),
+        lambda: Surrogate(loaded, "last", VOCAB),
+    ]
+    for use in uses:
+        with pytest.raises(ValueError, match=reason):
+            use()
 
 
 def test_the_documented_table_is_what_is_tested() -> None:

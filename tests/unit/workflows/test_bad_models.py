@@ -144,18 +144,43 @@ def test_a_surrogate_of_another_vocabulary_is_refused(refused, tmp_path: Path) -
     assert message.endswith("take a proxy of the teacher's family")
 
 
-def test_a_teacher_that_caps_its_logits_is_refused_before_it_writes(
-    refused, tmp_path: Path
-) -> None:
-    # It knows the proxies' tokens.
-    place = tmp_path / "capped"
-    models.load_tokenizer("pocket/teacher").save_pretrained(place)
+def capped(folder: Path) -> Path:
+    """A model that caps its logits and knows the proxies' tokens."""
+    models.load_tokenizer("pocket/teacher").save_pretrained(folder)
     config = Gemma2Config(
         vocab_size=129, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
         num_attention_heads=2, num_key_value_heads=1, head_dim=8, max_position_embeddings=256,
         final_logit_softcapping=30.0,
     )  # fmt: skip
-    AutoModelForCausalLM.from_config(config).save_pretrained(place)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return folder
+
+
+def test_a_proxy_that_caps_its_logits_is_refused_before_anything_is_written(
+    refused, tmp_path: Path
+) -> None:
+    message = refused(f"proxies=[{capped(tmp_path / 'capped')}]")
+    assert message.startswith("defense doge: Gemma2ForCausalLM caps its final logits at 30")
+    assert "so it cannot be a proxy" in message
+
+
+@pytest.mark.parametrize("setting", ["attack={name: forward_kl}", "attacks=[{name: minillm}]"])
+def test_the_logits_of_a_teacher_that_caps_them_cannot_be_attacked(
+    refused, tmp_path: Path, setting: str
+) -> None:
+    message = refused(
+        f"teacher={capped(tmp_path / 'capped')}",
+        setting,
+        yaml="name: trial\ndefenses: [{parts: [{name: answers_only}]}]\n",
+    )
+    assert message.startswith("attack ")
+    assert "so it cannot be a teacher" in message
+
+
+def test_a_teacher_that_caps_its_logits_is_refused_before_it_writes(
+    refused, tmp_path: Path
+) -> None:
+    place = capped(tmp_path / "capped")
     for yaml in (CMI, "name: trial\ndefenses: [{parts: [{name: doge}]}]\n"):
         message = refused(f"teacher={place}", "defenses.0.parts.0.strength=0.1", yaml=yaml)
         assert message.startswith("teacher: Gemma2ForCausalLM squashes its final logits")
