@@ -106,7 +106,7 @@ def _log_p(
     tokens = torch.tensor([[*prompt, *ids]])
     logits = teacher.model(input_ids=tokens).logits[0, len(prompt) - 1 : -1].float()
     for config in configs:
-        prefixes = [list(ids[:step]) for step in range(len(ids))]
+        prefixes = [[*prompt, *ids[:step]] for step in range(len(ids))]
         logits = base.resolve(dict(config)).adjust_logits(logits, prefixes)
     return logits.log_softmax(-1)
 
