@@ -21,7 +21,7 @@ class _Params(SimpleNamespace):
     """What a processor reads of vLLM's SamplingParams."""
 
     def __init__(self, extra_args: dict[str, Any] | None = None, logprobs: int | None = None):
-        super().__init__(extra_args=extra_args, logprobs=logprobs)
+        super().__init__(extra_args=extra_args, logprobs=logprobs, temperature=1.0)
 
 
 def _ban(*ids: int) -> _Params:
