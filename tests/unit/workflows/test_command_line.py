@@ -59,7 +59,7 @@ def finished_process(tmp_path_factory: pytest.TempPathFactory) -> subprocess.Com
     return subprocess.run(
         [sys.executable, "-m", "workflows", "pipeline", "pocket_demo", "sampling.temprature=1",
          f"runs={folder}", f"cache={folder / 'cache'}"],
-        cwd=ROOT, capture_output=True, text=True, timeout=60,
+        cwd=ROOT, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
 
 
