@@ -210,7 +210,7 @@ CONFIG = SimpleNamespace(additional_config={"azeotrope_decoding": [SETTINGS]})
 
 def params(**extra_args: Any) -> SimpleNamespace:
     """What a processor reads of vLLM's SamplingParams."""
-    return SimpleNamespace(extra_args=extra_args, logprobs=None)
+    return SimpleNamespace(extra_args=extra_args, logprobs=None, temperature=1.0)
 
 
 @needs_vllm

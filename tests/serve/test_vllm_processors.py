@@ -77,29 +77,30 @@ def test_the_second_runner_has_the_same_completions_in_its_slots() -> None:
         return processor.apply(torch.zeros(len(slots), 32), context)
 
     def expected(*prefixes: list[int]) -> torch.Tensor:
+        """Behind prompt and completion; the prompts are zeros."""
         return defense.adjust_logits(torch.zeros(len(prefixes), 32), list(prefixes))
 
     assert processor.add_request(1, _Params())
     assert processor.add_request(3, _Params())
     # Slot 1 reads its prompt of 3 in two parts; slot 3 has read its 2.
-    torch.testing.assert_close(step([1, 3], [2, 2]), expected([], []))
+    torch.testing.assert_close(step([1, 3], [2, 2]), expected([0, 0, 0], [0, 0]))
     device_tokens[3, 2] = 9
-    torch.testing.assert_close(step([3, 1], [3, 3]), expected([9], []))
+    torch.testing.assert_close(step([3, 1], [3, 3]), expected([0, 0, 9], [0, 0, 0]))
     device_tokens[1, 3], device_tokens[3, 3] = 7, 8
-    torch.testing.assert_close(step([1, 3], [4, 4]), expected([7], [9, 8]))
+    torch.testing.assert_close(step([1, 3], [4, 4]), expected([0, 0, 0, 7], [0, 0, 9, 8]))
     assert processor.defended is None, "nobody asked for numbers"
     # Slot 3 was preempted and reads prompt and completion again, in two parts.
     assert processor.add_request(3, _Params(logprobs=2))
-    torch.testing.assert_close(step([3], [3]), expected([9]))
+    torch.testing.assert_close(step([3], [3]), expected([0, 0, 9]))
     shown = step([3], [4])
-    torch.testing.assert_close(shown, expected([9, 8]))
+    torch.testing.assert_close(shown, expected([0, 0, 9, 8]))
     torch.testing.assert_close(processor.defended, shown)
     # Another request in slot 1, undefended: nothing is left of the one before.
     assert not processor.add_request(1, _Params({"azeotrope_strength": 0.0}))
     device_tokens[3, 4] = 4
     both = step([1, 3], [5, 5])
     torch.testing.assert_close(both[0], torch.zeros(32))
-    torch.testing.assert_close(both[1:], expected([9, 8, 4]))
+    torch.testing.assert_close(both[1:], expected([0, 0, 9, 8, 4]))
 
 
 def test_the_second_sampler_shows_what_the_processor_left(
